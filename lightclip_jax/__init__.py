@@ -1,0 +1,1 @@
+"""LightCLIP-JAX: pretraining of small CLIP models."""

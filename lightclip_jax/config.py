@@ -1,0 +1,269 @@
+"""The typed configuration: every option of a run, its default and what it means.
+
+A config file (`configs/*.py`) has `get_config(variant)` that returns a `Config`. Command-line overrides
+(`--config.optimizer.learning_rate=1e-3`) go through `ml_collections`; `from_dict` turns the result back into frozen
+dataclasses, checks every name and type, and says "did you mean" for a name that does not exist.
+"""
+import dataclasses
+import difflib
+import types
+import typing
+from typing import Any, Literal
+
+from ml_collections import config_dict
+
+from lightclip_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+  """A number as a function of the training fraction in [0, 1]: `start` until `begin`, then to `end` at `finish`."""
+  start: float = 0.0
+  end: float = 0.0
+  begin: float = 0.0
+  finish: float = 1.0
+  shape: Literal['linear', 'cosine'] = 'linear'
+
+
+def constant(value: float) -> Schedule:
+  """A schedule that does not change."""
+  return Schedule(start=value, end=value)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageTower:
+  """The image tower. Options that a tower has no use for must keep their defaults."""
+  name: Literal['mobilenet_v2', 'resnet18', 'swin_nano', 'vit_ti'] = 'mobilenet_v2'
+  size: int = 224              # pixels, square
+  width: float = 1.0           # channel multiplier (mobilenet_v2)
+  stem_stride: int = 2         # 1 keeps twice the resolution throughout, for small images (mobilenet_v2, resnet18)
+  patch_size: int = 0          # 0: the tower's own (swin_nano 4, vit_ti 16)
+  window: int = 7              # attention window in tokens (swin_nano)
+  drop_path: float = 0.0       # stochastic depth of the last block, linear from 0 (swin_nano, vit_ti)
+
+
+@dataclasses.dataclass(frozen=True)
+class TextTower:
+  """The text Transformer: pre-norm, pooled at the end token, projected."""
+  width: int = 512
+  heads: int = 8
+  depth: int = 6
+  context: int = 77            # positions, start and end token included
+  vocab_size: int = 8192       # must be the tokenizer's
+  end_id: int = 3              # id of the end token: the text embedding is read there, later positions are padding
+  causal: bool = False
+  dropout: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Fusion:
+  """How image features enter the masked text (training only)."""
+  stages: tuple[tuple[int, int], ...] = ((1, 2), (2, 4), (3, 6))   # (image stage, after this text block; both from 1)
+  op: Literal['cross_attention', 'add'] = 'cross_attention'
+  heads: int = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """The two towers, their projections and the training-only heads."""
+  embed_dim: int = 512         # D: the shared embedding
+  token_dim: int = 256         # d: patches and words in the token matching
+  image: ImageTower = ImageTower()
+  text: TextTower = TextTower()
+  fusion: Fusion = Fusion()
+  batch_norm: str = 'group:64'  # over which examples statistics run: 'group:N', 'global' or 'local'
+  batch_norm_momentum: float = 0.99
+  compute_dtype: Literal['float32', 'bfloat16'] = 'float32'
+  logit_scale_init: float = 1 / 0.07
+  logit_bias_init: float = -10.0   # used by the sigmoid loss only
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """Where pairs come from and how they are augmented."""
+  dataset: str = 'emoji'       # a built-in name, or a folder made by `python -m lightclip_jax.prepare`
+  workers: int = -1            # decoding processes; 0: in the training process, -1: cores - 1, 16 at most
+  prefetch: int = 4            # batches each worker keeps ready
+  crop_scale: tuple[float, float] = (0.4, 1.0)    # RandomResizedCrop: area
+  crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+  flip: float = 0.0            # probability; 0 by default, since captions may speak of left and right
+  color_jitter: float = 0.0    # strength of brightness, contrast and saturation
+  first_caption: float = 0.0   # probability of the first caption (the name); the rest is uniform over all
+  mask_fraction: float = 0.15  # of the words, for masked language modelling
+  max_masked: int = 12         # K: masked positions in a batch's static shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Contrastive:
+  """The progressively softened contrastive loss (docs/OBJECTIVES.md, 1)."""
+  kind: Literal['softmax', 'sigmoid'] = 'softmax'
+  weight: Schedule = constant(1.0)
+  alpha: Schedule = Schedule(0.0, 0.2)
+  beta: Schedule = Schedule(0.0, 1.0)
+  target_temperature: float = 0.1
+  target_source: Literal['cross', 'intra'] = 'intra'
+  duplicates: Literal['negative', 'positive', 'ignore'] = 'positive'
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenMatching:
+  """The Sinkhorn-relaxed matching of patches and words (docs/OBJECTIVES.md, 2). Weight 0: not computed."""
+  weight: Schedule = constant(0.5)
+  group_size: int = 16
+  epsilon: float = 0.05
+  num_iterations: int = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedLM:
+  """Fusion masked language modelling (docs/OBJECTIVES.md, 3). Weight 0: not computed."""
+  weight: Schedule = constant(0.5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+  """L = contrastive + token matching + masked LM, each with its own weight."""
+  contrastive: Contrastive = Contrastive()
+  token_matching: TokenMatching = TokenMatching()
+  masked_lm: MaskedLM = MaskedLM()
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+  """AdamW with linear warm-up and cosine decay to zero."""
+  learning_rate: float = 1e-3
+  warmup_fraction: float = 0.05
+  weight_decay: float = 0.1    # not on norms, biases, embeddings of position or scales
+  b1: float = 0.9
+  b2: float = 0.98
+  eps: float = 1e-6
+  clip_norm: float = 1.0       # 0: no clipping
+  ema_decay: float = 0.0       # 0: no moving average; else evaluation and export use it
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+  """Length, batch and logging."""
+  steps: int = 1000
+  batch_size: int = 1024       # global
+  accumulate: int = 1          # encoder micro-batches; the loss is over the full batch whatever this is
+  log_every: int = 20
+  seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+  """When to save, whichever comes first, and how many to keep. 0 switches a clock off."""
+  every_steps: int = 1000
+  every_minutes: float = 15.0
+  keep: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """When and how to evaluate during training; always once at the end."""
+  every_steps: int = 1000
+  batch_size: int = 256        # global; the last batch is padded
+  splits: tuple[str, ...] = ('heldout_images', 'heldout_style', 'heldout_concepts')
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+  """Devices along each axis; one -1 takes what is left."""
+  data: int = -1
+  fsdp: int = 1
+  tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Everything that decides a run."""
+  name: str = 'lightclip'
+  model: Model = Model()
+  data: Data = Data()
+  objective: Objective = Objective()
+  optimizer: Optimizer = Optimizer()
+  train: Train = Train()
+  checkpoint: Checkpoint = Checkpoint()
+  evaluation: Evaluation = Evaluation()
+  mesh: Mesh = Mesh()
+
+
+def replace(config: Any, **changes: Any) -> Any:
+  """A copy of a frozen config with nested changes: `replace(c, model=dict(image=dict(size=64)))`."""
+  out = {}
+  for name, value in changes.items():
+    known = [f.name for f in dataclasses.fields(config)]
+    if name not in known:
+      raise UserError(f'unknown config key {name!r}{_did_you_mean(name, known)}')
+    old = getattr(config, name)
+    nested = dataclasses.is_dataclass(old) and isinstance(value, dict)
+    out[name] = replace(old, **value) if nested else value
+  return dataclasses.replace(config, **out)
+
+
+def to_config_dict(config: Config) -> config_dict.ConfigDict:
+  """The locked `ml_collections` form, which command-line flags override."""
+  return config_dict.ConfigDict(dataclasses.asdict(config)).lock()
+
+
+def from_dict(values: typing.Mapping[str, Any]) -> Config:
+  """The typed form of a nested dict (from JSON or a ConfigDict).
+
+  Raises:
+    UserError: for an unknown key (with the nearest known one) or a value of another type; the key is named in full.
+  """
+  return _build(Config, values, 'config')
+
+
+def check_key(path: str) -> None:
+  """Raises UserError unless `path` ("model.image.size") names an option."""
+  cls: Any = Config
+  done = 'config'
+  for part in path.split('.'):
+    hints = typing.get_type_hints(cls) if dataclasses.is_dataclass(cls) else {}
+    if part not in hints:
+      raise UserError(f'unknown config key {done}.{part}{_did_you_mean(part, list(hints))}')
+    cls, done = hints[part], f'{done}.{part}'
+
+
+def _did_you_mean(name: str, known: list[str]) -> str:
+  near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+  return f'; did you mean {near[0]!r}?' if near else f'; it has: {", ".join(known)}' if known else ''
+
+
+def _build(cls: Any, values: typing.Mapping[str, Any], path: str) -> Any:
+  hints = typing.get_type_hints(cls)
+  for name in values:
+    if name not in hints:
+      raise UserError(f'unknown config key {path}.{name}{_did_you_mean(name, list(hints))}')
+  return cls(**{name: _convert(hints[name], value, f'{path}.{name}') for name, value in values.items()})
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+  """`value` as the annotated type, or a UserError that names `path`."""
+  if dataclasses.is_dataclass(hint):
+    if isinstance(value, typing.Mapping):
+      return _build(hint, value, path)
+    if hint is Schedule and isinstance(value, (int, float)) and not isinstance(value, bool):
+      return constant(float(value))
+  origin = typing.get_origin(hint)
+  if origin is Literal:
+    if value in typing.get_args(hint):
+      return value
+    raise UserError(f'{path} is {value!r}; it can be one of {", ".join(map(repr, typing.get_args(hint)))}')
+  if origin is tuple and isinstance(value, (tuple, list)):
+    return _convert_tuple(typing.get_args(hint), value, path)
+  if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    return float(value)
+  if isinstance(hint, type) and not isinstance(hint, types.GenericAlias) and type(value) is hint:
+    return value
+  raise UserError(f'{path} is {value!r}; it must be of type {getattr(hint, "__name__", hint)}')
+
+
+def _convert_tuple(args: tuple[Any, ...], value: typing.Sequence[Any], path: str) -> tuple[Any, ...]:
+  if len(args) == 2 and args[1] is Ellipsis:
+    return tuple(_convert(args[0], v, f'{path}[{i}]') for i, v in enumerate(value))
+  if len(args) != len(value):
+    raise UserError(f'{path} has {len(value)} values; it needs {len(args)}')
+  return tuple(_convert(a, v, f'{path}[{i}]') for i, (a, v) in enumerate(zip(args, value)))
