@@ -14,12 +14,16 @@ from flax import linen as nn
 from lightclip_jax import config
 from lightclip_jax.models import fusion, image_towers, layers, norm, text_transformer
 from lightclip_jax.outputs import Outputs
+from lightclip_jax.sharding import Rule
 
 # OpenAI CLIP's statistics of red, green and blue, for values in [0, 1].
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_SCALE = 100.0
 TRAINING_ONLY = 'training_only'
+
+# Every parameter (and what follows it: moments, averages, running statistics) is whole on each device.
+SHARDING_RULES = (Rule('.*'),)
 
 # A linear map without bias whose weights start with standard deviation width ** -0.5, as CLIP's projections do.
 Projection = functools.partial(nn.Dense, use_bias=False, kernel_init=nn.initializers.variance_scaling(1.0, 'fan_in', 'normal'))
@@ -139,6 +143,12 @@ def normalize(images_BxHxWx3: jax.Array, dtype: jnp.dtype) -> jax.Array:
   factor = jnp.array([1 / (255 * s) for s in IMAGE_STD], jnp.float32).reshape(1, 1, 1, 3)
   offset = jnp.array([-m / s for m, s in zip(IMAGE_MEAN, IMAGE_STD)], jnp.float32).reshape(1, 1, 1, 3)
   return (images_BxHxWx3.astype(jnp.float32) * factor + offset).astype(dtype)
+
+
+def preprocessing(model: config.Model) -> dict[str, Any]:
+  """What an image goes through before the tower, in open_clip's terms; it travels in the checkpoint."""
+  return {'size': model.image.size, 'mean': list(IMAGE_MEAN), 'std': list(IMAGE_STD), 'interpolation': 'bicubic',
+          'resize_mode': 'shortest'}
 
 
 def init_variables(model: config.Model, rng: jax.Array) -> dict[str, Any]:
