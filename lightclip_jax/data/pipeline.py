@@ -17,6 +17,7 @@ from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
 
 from lightclip_jax import config as configs
 from lightclip_jax.data import manifest, masking, processes, sources, tokenizers, transforms
@@ -99,6 +100,8 @@ def train_dataset(folder: str | pathlib.Path, options: configs.Data, *, image_si
   dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=options.prefetch))
   if not workers:
     return dataset
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()   # Grain reads absl flags before it starts workers, also in programs without absl
   parallel = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=options.prefetch)
   return dataset.mp_prefetch(parallel, functools.partial(_start_worker, os.getpid()))
 

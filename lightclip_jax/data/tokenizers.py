@@ -52,6 +52,7 @@ class SentencePieceTokenizer:
     self.pad_id, self.start_id, self.end_id = processor.pad_id(), processor.bos_id(), processor.eos_id()
     self.mask_id = processor.piece_to_id('[MASK]')
     self.special_ids = (self.pad_id, self.start_id, self.end_id, self.mask_id)
+    self._is_word = ~np.isin(np.arange(self.vocab_size), self.special_ids)
     if min(self.special_ids) < 0 or self.mask_id == processor.unk_id():
       raise UserError('the SentencePiece model lacks a pad, start, end or [MASK] token; train one with '
                       'lightclip_jax.data.tokenizers.train')
@@ -59,8 +60,8 @@ class SentencePieceTokenizer:
   def encode(self, texts: Sequence[str], context: int) -> np.ndarray:
     """See `Tokenizer.encode`."""
     tokens_NxW = np.full((len(texts), context), self.pad_id, np.int32)
-    for row_W, words in zip(tokens_NxW, self._processor.encode(list(texts)), strict=True):
-      words = [self.start_id, *words[:context - 2], self.end_id]
+    for row_W, text in zip(tokens_NxW, texts, strict=True):   # one by one: a list starts a pool of threads every time
+      words = [self.start_id, *self._processor.encode(text)[:context - 2], self.end_id]
       row_W[:len(words)] = words
     return tokens_NxW
 
@@ -74,7 +75,7 @@ class SentencePieceTokenizer:
 
   def word_mask(self, tokens: np.ndarray) -> np.ndarray:
     """See `Tokenizer.word_mask`."""
-    return ~np.isin(tokens, self.special_ids)
+    return self._is_word[tokens]
 
   def to_bytes(self) -> bytes:
     """See `Tokenizer.to_bytes`."""

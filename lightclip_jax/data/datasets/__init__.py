@@ -4,12 +4,13 @@ import pathlib
 from collections.abc import Callable
 
 from lightclip_jax.data import manifest
-from lightclip_jax.data.datasets import emoji
+from lightclip_jax.data.datasets import emoji, shapes
 from lightclip_jax.errors import UserError
 
 # name -> prepare(out, size in pixels, processes): makes the folder `out`, or does nothing if it is there.
 BUILT_IN: dict[str, Callable[..., None]] = {
     'emoji': emoji.prepare,
+    'shapes': shapes.prepare,
 }
 
 

@@ -20,8 +20,7 @@ class ArrayRecordSource:
       if not path.is_file():
         raise UserError(f'shard {str(path)!r} is missing; prepare the data set again')
     self._count = contents.count
-    # One record a chunk was written, so the option only keeps the reader from reading ahead.
-    self._files = ArrayRecordDataSource(paths, {'readahead_buffer_size': '0'}) if paths else []
+    self._files = ArrayRecordDataSource(paths) if paths else []
     if len(self._files) != self._count:
       raise UserError(f'{self.folder!r} holds {len(self._files)} records of {split!r}; '
                       f'its manifest says {self._count}: prepare it again')
