@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import pathlib
+import weakref
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -116,8 +117,13 @@ def _start_worker(parent: int, worker: int, workers: int) -> None:
 
 
 def worker_count(workers: int) -> int:
-  """Decoding processes for `data.workers`: -1 leaves one core to the training process, and takes 16 at most."""
-  return workers if workers >= 0 else min(16, (os.cpu_count() or 1) - 1)
+  """Decoding processes for `data.workers`; 0 means threads.
+
+  -1: threads on up to 4 cores (decoding and resizing release the GIL, and 2 cores decode some 1,500 small images a second
+  so), else all cores but one, 16 at most.
+  """
+  cores = os.cpu_count() or 1
+  return workers if workers >= 0 else 0 if cores <= 4 else min(16, cores - 1)
 
 
 def load_tokenizer(folder: str | pathlib.Path) -> tokenizers.Tokenizer:
@@ -132,16 +138,19 @@ class TrainBatches(Iterator[Batch]):
     self._folder, self._options, self._arguments = folder, options, dict(arguments)
     self._fingerprint = _fingerprint(folder)
     self._next_batch = 0
-    self._iterator: grain.DatasetIterator | None = None
+    self._running: list[grain.DatasetIterator] = []      # one, or none before the first batch and after `close`
+    # At the end of the program too: Grain's iterators print tracebacks when they are torn down with the interpreter.
+    weakref.finalize(self, _stop, self._running)
     train_dataset(folder, options, **self._arguments)   # what is wrong is said now, not with the first batch
 
   def __next__(self) -> Batch:
-    if self._iterator is None:
+    if not self._running:
       dataset = train_dataset(self._folder, self._options, **self._arguments, first_batch=self._next_batch)
-      self._iterator = iter(dataset)
-    batch = next(self._iterator)
+      self._running.append(iter(dataset))
+    batch = next(self._running[0])
     self._next_batch += 1
-    return batch
+    # Copied out of the workers' shared memory, which complains when an array in it lives to the end of the program.
+    return {name: np.array(values) for name, values in batch.items()}
 
   def state(self) -> dict[str, Any]:
     """The place of the next batch, as JSON values; equal on every host, whatever the workers and hosts."""
@@ -163,9 +172,12 @@ class TrainBatches(Iterator[Batch]):
 
   def close(self) -> None:
     """Ends the workers; the next batch would start new ones."""
-    if self._iterator is not None:
-      self._iterator.close()
-      self._iterator = None
+    _stop(self._running)
+
+
+def _stop(running: list[grain.DatasetIterator]) -> None:
+  while running:
+    running.pop().close()
 
 
 def train_batches(folder: str | pathlib.Path, options: configs.Data, *, image_size: int, context: int, batch_size: int,
