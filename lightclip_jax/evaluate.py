@@ -33,7 +33,7 @@ def main(args: argparse.Namespace) -> None:
   config, variables, tokenizer = load_for_inference(args.checkpoint)
   embedder = Embedder(LightCLIP(config.model), config.model, variables, tokenizer,
                       batch_size=args.batch_size or config.evaluation.batch_size)
-  folder = args.data or datasets.locate(config.data.dataset)
+  folder = args.data or datasets.resolve(config.data.dataset)
   run = evaluate.evaluate_tasks if args.task else evaluate.evaluate_all
   results = run(embedder, folder, args.task or config.evaluation.splits)
   print(metrics.format_table(results))

@@ -39,10 +39,13 @@ class Embedder:
       variables: {'params', 'batch_stats'}. With `sharding` they must lie on its devices already.
       tokenizer: has `encode(texts, context) -> int32 [N, W]`.
       sharding: of a batch's first axis; None: over all devices, with replicated variables.
-      batch_size: rows at a time in this process; padded to a multiple of its devices.
+      batch_size: rows at a time in all processes together; a process's share is padded to a multiple of its devices.
+
+    Raises:
+      UserError: for a batch size that is not a positive multiple of the number of processes.
     """
-    if batch_size < 1:
-      raise UserError(f'evaluation batch size is {batch_size}; it must be at least 1')
+    if batch_size < 1 or batch_size % jax.process_count():
+      raise UserError(f'evaluation batch size is {batch_size}; it must be a multiple of the {jax.process_count()} processes')
     if sharding is None:
       sharding = NamedSharding(Mesh(np.asarray(jax.devices()), ('data',)), PartitionSpec('data'))
       variables = jax.device_put(variables, NamedSharding(sharding.mesh, PartitionSpec()))
@@ -70,12 +73,16 @@ class Embedder:
     run = _compiled(self.model, 'encode_tokens', self._replicated)
     return jax.device_get(run(self.variables, images, tokens))
 
+  @property
+  def logit_scale(self) -> float:
+    """What multiplies cosines before the softmax; at most 100, as in training."""
+    return min(float(np.exp(jax.device_get(self.variables['params']['logit_scale']))), 100.0)
+
   def _token_batches(self, tokens_NxW: np.ndarray) -> Iterator[Rows]:
     """This process's rows of each global batch of texts."""
-    rows, total = self.batch_size, len(tokens_NxW)
-    step = rows * jax.process_count()
-    for start in range(jax.process_index() * rows, _round_up(total, step), step):
-      index = start + np.arange(rows)
+    rows, total = self.batch_size // jax.process_count(), len(tokens_NxW)
+    for start in range(0, total, self.batch_size):
+      index = start + jax.process_index() * rows + np.arange(rows)
       yield tokens_NxW[np.minimum(index, total - 1)], np.where(index < total, index, -1)
 
   def _gather(self, method: str, batches: Iterable[Rows]) -> np.ndarray:

@@ -45,8 +45,7 @@ def format_table(metrics: Iterable[Metric]) -> str:
   """Aligned plain text for a console: metric, value, chance, 95 % interval, count and known anchors."""
   rows = [('metric', 'value', 'chance', '95 % interval', 'of', 'for comparison')] + [_row(m) for m in metrics]
   widths = [max(len(row[i]) for row in rows) for i in range(5)]
-  layout = '{:<%d}  {:>%d}  {:>%d}  {:>%d}  {:>%d}  {}' % tuple(widths)
-  lines = [layout.format(*row).rstrip() for row in rows]
+  lines = ['  '.join((row[0].ljust(widths[0]), *map(str.rjust, row[1:5], widths[1:]), row[5])).rstrip() for row in rows]
   return '\n'.join([lines[0], '-' * max(map(len, lines)), *lines[1:]])
 
 

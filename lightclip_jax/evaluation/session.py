@@ -37,5 +37,5 @@ class Session:
 
   def _images(self, split: str) -> np.ndarray:
     """float32 [N, D] of a split, with a progress bar on a terminal."""
-    total = -(-len(self.records(split)) // (self.embedder.batch_size * jax.process_count()))
+    total = -(-len(self.records(split)) // self.embedder.batch_size)
     return self.embedder.images(tqdm(self.batches(split), f'embedding {split}', total, leave=False, disable=None))
