@@ -1,0 +1,135 @@
+"""Images and texts to embeddings on all devices, each example counted once.
+
+Letters: b rows that this process feeds at a time, N examples, S image size, W text positions, P image tokens,
+D embedding, d token embedding.
+
+Every process feeds its own rows of each global batch and gets back *all* rows: the result is replicated on the devices,
+so that no process waits alone for another (open_clip evaluates on one rank while the others run into a time-out).
+"""
+import collections
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lightclip_jax.config import Model
+from lightclip_jax.errors import UserError
+
+Rows = tuple[np.ndarray, np.ndarray]   # (inputs [b, ...], index int [b]; -1 is padding)
+
+
+class Embedder:
+  """A model with its variables and tokenizer, ready to embed.
+
+  Compiled functions are kept by (model, method, shape), variables are arguments: an Embedder made anew for each
+  evaluation of a training run compiles nothing after the first.
+  """
+
+  def __init__(self, model: nn.Module, config: Model, variables: Mapping[str, Any], tokenizer: Any, *,
+               sharding: NamedSharding | None = None, batch_size: int = 256):
+    """
+    Args:
+      model: has the methods `encode_image(uint8 [b, S, S, 3])` and `encode_text(int32 [b, W])`, both -> [b, D], and
+        `encode_tokens(images, tokens) -> ([b, P, d], [b, W, d])`.
+      config: the model's; S and W come from it.
+      variables: {'params', 'batch_stats'}. With `sharding` they must lie on its devices already.
+      tokenizer: has `encode(texts, context) -> int32 [N, W]`.
+      sharding: of a batch's first axis; None: over all devices, with replicated variables.
+      batch_size: rows at a time in all processes together; a process's share is padded to a multiple of its devices.
+
+    Raises:
+      UserError: for a batch size that is not a positive multiple of the number of processes.
+    """
+    if batch_size < 1 or batch_size % jax.process_count():
+      raise UserError(f'evaluation batch size is {batch_size}; it must be a multiple of the {jax.process_count()} processes')
+    if sharding is None:
+      sharding = NamedSharding(Mesh(np.asarray(jax.devices()), ('data',)), PartitionSpec('data'))
+      variables = jax.device_put(variables, NamedSharding(sharding.mesh, PartitionSpec()))
+    self.model, self.variables, self.tokenizer = model, variables, tokenizer
+    self.image_size, self.context = config.image.size, config.text.context
+    self.sharding, self.batch_size = sharding, batch_size
+    self._replicated = NamedSharding(sharding.mesh, PartitionSpec())
+
+  def images(self, batches: Iterable[Mapping[str, np.ndarray]]) -> np.ndarray:
+    """float32 [N, D] in index order, from dicts of `image` uint8 [b, S, S, 3] and `index` int [b] (-1: padding).
+
+    Raises:
+      ValueError: when the indices are not 0..N-1, each once; an example would be lost or counted twice.
+    """
+    return self._gather('encode_image', ((batch['image'], batch['index']) for batch in batches))
+
+  def texts(self, texts: list[str]) -> np.ndarray:
+    """float32 [N, D] for N texts, in their order."""
+    if not texts:
+      raise UserError('no texts to embed; at least one is needed')
+    return self._gather('encode_text', self._token_batches(self.tokenizer.encode(texts, self.context)))
+
+  def tokens(self, images: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """float32 image tokens [N, P, d] and text tokens [N, W, d] of a small set, the same one in every process."""
+    run = _compiled(self.model, 'encode_tokens', self._replicated)
+    return jax.device_get(run(self.variables, images, tokens))
+
+  @property
+  def logit_scale(self) -> float:
+    """What multiplies cosines before the softmax; at most 100, as in training."""
+    return min(float(np.exp(jax.device_get(self.variables['params']['logit_scale']))), 100.0)
+
+  def _token_batches(self, tokens_NxW: np.ndarray) -> Iterator[Rows]:
+    """This process's rows of each global batch of texts."""
+    rows, total = self.batch_size // jax.process_count(), len(tokens_NxW)
+    for start in range(0, total, self.batch_size):
+      index = start + jax.process_index() * rows + np.arange(rows)
+      yield tokens_NxW[np.minimum(index, total - 1)], np.where(index < total, index, -1)
+
+  def _gather(self, method: str, batches: Iterable[Rows]) -> np.ndarray:
+    parts = list(_two_ahead(functools.partial(self._dispatch, method), batches))
+    if not parts:
+      raise UserError('no images to embed: the split is empty')
+    rows = np.concatenate([np.asarray(embedding, np.float32) for embedding, _ in parts])
+    index = np.concatenate([np.asarray(i) for _, i in parts])
+    rows, index = rows[index >= 0], index[index >= 0]
+    order = np.argsort(index, kind='stable')
+    if not np.array_equal(index[order], np.arange(len(index))):
+      raise ValueError(f'the batches hold {len(index)} examples whose indices are not 0 to {len(index) - 1}, each once')
+    return rows[order]
+
+  def _dispatch(self, method: str, rows: Rows) -> tuple[jax.Array, jax.Array]:
+    inputs, index = (self._to_devices(*x) for x in zip(rows, (0, -1), strict=True))
+    run = _compiled(self.model, method, self._replicated)
+    return run(self.variables, inputs), _replicate(self._replicated)(index)
+
+  def _to_devices(self, values: np.ndarray, fill: int) -> jax.Array:
+    """This process's rows, padded with `fill` to a multiple of its devices, as its part of the global array."""
+    values = np.asarray(values) if values.dtype == np.uint8 else np.asarray(values, np.int32)
+    missing = _round_up(len(values), len(self.sharding.addressable_devices)) - len(values)
+    values = np.pad(values, [(0, missing)] + [(0, 0)] * (values.ndim - 1), constant_values=fill)
+    return jax.make_array_from_process_local_data(self.sharding, values)
+
+
+@functools.lru_cache(maxsize=32)
+def _compiled(model: nn.Module, method: str, replicated: NamedSharding) -> Callable[..., Any]:
+  return jax.jit(lambda variables, *inputs: model.apply(variables, *inputs, method=method), out_shardings=replicated)
+
+
+@functools.lru_cache(maxsize=32)
+def _replicate(replicated: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+  return jax.jit(lambda x: x, out_shardings=replicated)
+
+
+def _two_ahead(run: Callable[[Rows], Any], batches: Iterable[Rows]) -> Iterator[Any]:
+  """Results on the host, read two batches late: the device never waits, and inputs do not pile up on it."""
+  waiting: collections.deque = collections.deque()
+  for rows in batches:
+    waiting.append(run(rows))
+    if len(waiting) > 2:
+      yield jax.device_get(waiting.popleft())
+  while waiting:
+    yield jax.device_get(waiting.popleft())
+
+
+def _round_up(value: int, multiple: int) -> int:
+  return -(-value // multiple) * multiple

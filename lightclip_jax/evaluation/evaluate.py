@@ -1,0 +1,44 @@
+"""Evaluation of a model on the splits of a prepared folder, in training and alone."""
+import functools
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightclip_jax.evaluation import tasks
+from lightclip_jax.evaluation.embed import Embedder
+from lightclip_jax.evaluation.metrics import Metric
+from lightclip_jax.evaluation.session import Session
+from lightclip_jax.evaluation.tasks import prepared
+
+
+def evaluate_all(embedder: Embedder, folder: str, splits: Sequence[str]) -> list[Metric]:
+  """Every metric of the named splits of any prepared folder. Class texts are embedded once for all splits.
+
+  Raises:
+    UserError: for a folder that is not prepared, or a split that it lacks.
+  """
+  return run(Session(embedder, folder), {split: functools.partial(prepared.run, split=split) for split in splits})
+
+
+def evaluate_tasks(embedder: Embedder, folder: str, names: Sequence[str]) -> list[Metric]:
+  """Every metric of the named registered tasks.
+
+  Raises:
+    UserError: for an unknown task, with the list; before any of them runs.
+  """
+  chosen = {name: tasks.find(name) for name in names}
+  return run(Session(embedder, folder), chosen)
+
+
+def run(session: Session, chosen: Mapping[str, tasks.Task]) -> list[Metric]:
+  """The metrics of the tasks, in their order."""
+  return [metric for task in chosen.values() for metric in task(session)]
+
+
+def write_json(file: str | pathlib.Path, metrics: Sequence[Metric], **about: Any) -> None:
+  """Results as JSON: `about` (checkpoint, step, …) and, per metric, value, count, chance, 95 % interval and anchors."""
+  path = pathlib.Path(file)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  text = json.dumps({**about, 'metrics': [metric.json() for metric in metrics]}, indent=2)
+  path.write_text(text + '\n', encoding='utf-8')

@@ -1,0 +1,65 @@
+"""Pictures with the model's first guesses, for the report.
+
+Letters: N images, C concepts, S pixels.
+"""
+import dataclasses
+import hashlib
+
+import numpy as np
+
+from lightclip_jax.data import transforms
+from lightclip_jax.data.records import Record
+from lightclip_jax.evaluation import prompts
+from lightclip_jax.evaluation.ranks import best_ranks
+from lightclip_jax.evaluation.session import Session
+from lightclip_jax.evaluation.zero_shot import class_embeddings
+
+DRAWN = 96   # pixels of a drawn image
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+  """One image, what it shows, and the names that the model finds most probable, best first."""
+  image: np.ndarray                          # uint8 [S, S, 3]
+  name: str
+  style: str
+  licence: str
+  guesses: tuple[tuple[str, float], ...]     # (name, probability)
+
+  @property
+  def right(self) -> bool:
+    """Whether the first guess is the image's name."""
+    return self.guesses[0][0] == self.name
+
+
+def make_gallery(session: Session, split: str, *, count: int = 48, guesses: int = 5) -> list[Picture]:
+  """`count` pictures of a split: half of them recognised and half not, as far as there are so many of either.
+
+  Which ones is decided by a hash of their keys, so that two reports on the same data show mostly the same pictures.
+  """
+  records, names = session.records(split), session.manifest.concepts
+  if not names:
+    return []
+  classes_CxD, images_NxD = class_embeddings(session.texts, names, prompts.templates('name')), session.images(split)
+  number = {name: i for i, name in enumerate(names)}
+  labels_N = np.array([number[record.concept] for record in records])
+  ranks_N = best_ranks(images_NxD, classes_CxD, labels_N, np.arange(len(names)))
+  chosen = choose([record.key for record in records], ranks_N == 0, count)
+  logits = session.embedder.logit_scale * images_NxD[chosen] @ classes_CxD.T
+  probabilities = np.exp(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True))
+  return [_picture(records[i], names, row, guesses) for i, row in zip(chosen, probabilities, strict=True)]
+
+
+def choose(keys: list[str], right_N: np.ndarray, count: int) -> list[int]:
+  """Indices of up to `count` examples, right and wrong alternating while both last, in the order of the keys' hashes."""
+  order = sorted(range(len(keys)), key=lambda i: hashlib.md5(keys[i].encode(), usedforsecurity=False).digest())
+  right, wrong = [i for i in order if right_N[i]], [i for i in order if not right_N[i]]
+  both = min(len(right), len(wrong))
+  mixed = [i for pair in zip(right, wrong, strict=False) for i in pair]
+  return (mixed + right[both:] + wrong[both:])[:count]
+
+
+def _picture(record: Record, names: tuple[str, ...], probabilities_C: np.ndarray, guesses: int) -> Picture:
+  best = np.argsort(-probabilities_C, kind='stable')[:guesses]
+  return Picture(transforms.evaluation_transform(transforms.decode(record.image), DRAWN), record.concept, record.style, record.licence,
+                 tuple((names[i], float(probabilities_C[i])) for i in best))

@@ -1,0 +1,60 @@
+"""Exact ranks of right answers among all candidates, in chunks.
+
+Letters: Q queries, C candidates, D embedding, c queries of one chunk.
+
+The tie rule, used everywhere: *pessimistic*. A wrong candidate that scores the same as the best right one stands before
+it. A collapsed model, whose scores are all equal, therefore gets 0 and not 100 %. Scores are float64 products of the
+float32 embeddings, and within 1e-9 count as equal: the same vector gets the same rank whatever the chunk, the order
+or the BLAS, which in float32 add up in different orders.
+"""
+from collections.abc import Iterator
+
+import numpy as np
+
+from lightclip_jax.errors import UserError
+
+TIE = 1e-9
+
+
+def best_ranks(
+    queries_QxD: np.ndarray, candidates_CxD: np.ndarray, query_ids_Q: np.ndarray, candidate_ids_C: np.ndarray, *,
+    chunk: int = 1024) -> np.ndarray:
+  """How many wrong candidates stand before the best right one, for each query; 0 is the best.
+
+  A candidate is right when its id is the query's, so that any number of candidates may be right for a query and a
+  candidate for any number of queries. Memory is O(chunk·C) beyond the embeddings.
+
+  Args:
+    queries_QxD: float [Q, D].
+    candidates_CxD: float [C, D].
+    query_ids_Q: int [Q].
+    candidate_ids_C: int [C].
+    chunk: queries at a time; the result does not depend on it.
+
+  Returns:
+    int64 [Q].
+
+  Raises:
+    UserError: when a query has no right candidate, or an embedding is not finite.
+  """
+  ranks = [np.zeros(0, np.int64)]
+  for start, scores_cxC in score_chunks(queries_QxD, candidates_CxD, chunk):
+    ids_c = query_ids_Q[start:start + len(scores_cxC)]
+    right_cxC = ids_c[:, None] == candidate_ids_C[None, :]
+    best_c = np.max(scores_cxC, axis=1, where=right_cxC, initial=-np.inf)
+    if np.isneginf(best_c).any():
+      raise UserError(f'query {start + int(np.argmin(best_c))} has no right answer among the {len(candidates_CxD)} '
+                      'candidates; every query needs one')
+    ranks.append(np.sum((scores_cxC >= best_c[:, None] - TIE) & ~right_cxC, axis=1))
+  return np.concatenate(ranks)
+
+
+def score_chunks(
+    queries_QxD: np.ndarray, candidates_CxD: np.ndarray, chunk: int = 1024) -> Iterator[tuple[int, np.ndarray]]:
+  """Yields (first query, float64 scores [c, C]) until all queries are through."""
+  for what, values in ('query', queries_QxD), ('candidate', candidates_CxD):
+    if not (finite := np.isfinite(values).all(axis=1)).all():
+      raise UserError(f'the embedding of {what} {int(np.argmin(finite))} is not finite; ranks need finite numbers')
+  candidates_DxC = candidates_CxD.astype(np.float64).T
+  for start in range(0, len(queries_QxD), chunk):
+    yield start, queries_QxD[start:start + chunk].astype(np.float64) @ candidates_DxC

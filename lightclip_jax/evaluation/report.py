@@ -1,0 +1,170 @@
+"""The page `report/index.html` of a run: one file that needs nothing else, for any browser.
+
+Letters: S pixels, G patches along one side of the grid.
+"""
+import base64
+import collections
+import dataclasses
+import io
+import json
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jinja2
+import numpy as np
+import PIL.Image
+from markupsafe import Markup
+
+from lightclip_jax.config import Config
+from lightclip_jax.evaluation import curves
+from lightclip_jax.evaluation.gallery import Picture
+from lightclip_jax.evaluation.matching import Matching
+from lightclip_jax.evaluation.metrics import Metric, percent
+
+Log = list[dict[str, float]]
+
+# The charts: log name -> title. What a run did not log is left out.
+LOSSES = {'train/loss': 'Total', 'train/loss_contrastive': 'Contrastive', 'train/loss_token_matching': 'Token matching',
+          'train/loss_masked_lm': 'Masked words'}
+VITALS = {'train/in_batch_top1': 'In-batch top-1', 'train/logit_scale': 'Logit scale',
+          'train/gradient_norm': 'Gradient norm', 'train/learning_rate': 'Learning rate',
+          'train/examples_per_second': 'Examples per second', 'train/data_wait': 'Waiting for data'}
+# The accuracies: end of a metric's name -> title, in the order of the page; also the names in the table.
+ACCURACIES = {'concept_top1': 'Concept, top-1', 'concept_top5': 'Concept, top-5', 'group_top1': 'Group, top-1',
+              'image_to_text_r1': 'Image → text, R@1', 'image_to_text_r5': 'Image → text, R@5',
+              'image_to_text_r10': 'Image → text, R@10', 'text_to_image_r1': 'Text → image, R@1',
+              'text_to_image_r5': 'Text → image, R@5', 'text_to_image_r10': 'Text → image, R@10'}
+CHARTED = ('concept_top1', 'concept_top5', 'group_top1', 'image_to_text_r10')
+TITLES = {'heldout_images': 'Held-out images', 'heldout_style': 'Held-out style', 'heldout_concepts': 'Held-out concepts'}
+HEADLINES = {'eval/heldout_style/concept_top1': 'drawings in a style it never saw',
+             'eval/heldout_images/concept_top1': 'held-out images'}
+
+
+def write_report(workdir: str | pathlib.Path, results: Sequence[Metric], gallery: Sequence[Picture],
+                 matchings: Sequence[Matching], config: Config) -> pathlib.Path:
+  """Writes `workdir/report/index.html` from `workdir/metrics.jsonl` and the final results; returns its path.
+
+  All text of the data (names, captions, styles) is escaped. With several processes, call it in one.
+  """
+  log = read_log(pathlib.Path(workdir) / 'metrics.jsonl')
+  environment = jinja2.Environment(loader=jinja2.PackageLoader('lightclip_jax.evaluation'), autoescape=True,
+                                   trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+  environment.filters.update(percent=percent, data_url=_data_url, overlay=_overlay)
+  page = environment.get_template('report.html').render(
+    title=config.name, headline=_headline(results), facts=_facts(log, config), tables=_tables(results),
+    losses=_train_charts(log, LOSSES, config), vitals=_train_charts(log, VITALS, config),
+    accuracies=_accuracy_charts(log, results), splits=_splits(log), gallery=gallery, matchings=matchings,
+    credits=sorted({(drawn.style, drawn.licence) for drawn in [*gallery, *matchings] if drawn.style}),
+    config=json.dumps(dataclasses.asdict(config), indent=2))
+  path = pathlib.Path(workdir) / 'report' / 'index.html'
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(page, encoding='utf-8')
+  return path
+
+
+def read_log(path: pathlib.Path) -> Log:
+  """The lines of a metrics file by step; a step logged again (after a resume) counts as logged last.
+
+  A half-written last line, left by a killed run, is passed over.
+  """
+  rows: dict[int, dict[str, float]] = collections.defaultdict(dict)
+  for line in path.read_text(encoding='utf-8').splitlines() if path.exists() else ():
+    try:
+      row = json.loads(line)
+      rows[int(row['step'])].update(row)
+    except (json.JSONDecodeError, KeyError, TypeError):
+      continue
+  return [rows[step] for step in sorted(rows)]
+
+
+def _headline(results: Sequence[Metric]) -> str:
+  by_name = {metric.name: metric for metric in results}
+  for name, what in HEADLINES.items():
+    if name in by_name:
+      metric = by_name[name]
+      return (f'It names {percent(metric.value)} of {metric.count:,} {what} at the first guess among '
+              f'{round(1 / metric.chance):,} names, {metric.value / metric.chance:,.0f} times as often as chance.')
+  return ''
+
+
+def _facts(log: Log, config: Config) -> list[tuple[str, str]]:
+  steps = int(log[-1]['step']) if log else 0
+  speeds = [row['train/examples_per_second'] for row in log if 'train/examples_per_second' in row]
+  image = config.model.image
+  width = f' ×{image.width:g}' if image.width != 1 else ''
+  facts = [('image tower', f'{image.name}{width}, {image.size} px'),
+           ('text tower', f'{config.model.text.depth} layers of {config.model.text.width}'), ('steps', f'{steps:,}'),
+           ('batch', f'{config.train.batch_size:,}'), ('pairs seen', f'{steps * config.train.batch_size:,}')]
+  return facts + ([('pairs per second', f'{np.median(speeds):,.0f}')] if speeds else [])
+
+
+def _tables(results: Sequence[Metric]) -> list[dict[str, Any]]:
+  """One table a split; a row knows its metric, its title and, in per cent of the bar's length, where its marks stand."""
+  by_split = collections.defaultdict(list)
+  for metric in results:
+    split, name = metric.name.split('/')[-2:]
+    if name in ACCURACIES:
+      top = 1.12 * max(metric.interval[1], metric.chance, *(value for _, value in metric.anchors), 1e-9)
+      places = {key: 100 * value / top for key, value in
+                [('value', metric.value), ('low', metric.interval[0]), ('high', metric.interval[1]), ('chance', metric.chance)]}
+      anchors = [(what, value, 100 * value / top) for what, value in metric.anchors]
+      by_split[split].append({'metric': metric, 'title': ACCURACIES[name], 'at': places, 'anchors': anchors})
+  return [{'title': _title(split), 'rows': rows} for split, rows in by_split.items()]
+
+
+def _train_charts(log: Log, names: dict[str, str], config: Config) -> list[tuple[str, str, Markup]]:
+  """(title, last smoothed value, chart) for each name that was logged."""
+  charts = []
+  for name, title in names.items():
+    rows = [row for row in log if math.isfinite(row.get(name, math.nan))]
+    if not rows:
+      continue
+    line = curves.Line(title, [row['step'] for row in rows], [row[name] for row in rows])
+    softmax = name == 'train/loss_contrastive' and config.objective.contrastive.kind == 'softmax'
+    levels = [curves.Level('chance: log B', math.log(config.train.batch_size))] if softmax else []
+    charts.append((title, f'{curves.smooth(line.values)[-1]:.4g}', curves.chart([line], levels=levels, noisy=True)))
+  return charts
+
+
+def _accuracy_charts(log: Log, results: Sequence[Metric]) -> list[tuple[str, Markup]]:
+  """A chart a metric, with a curve a split."""
+  chance = {metric.name: metric.chance for metric in results}
+  charts = []
+  for end in CHARTED:
+    lines, names = [], [f'eval/{split}/{end}' for split in _splits(log)]
+    for colour, name in enumerate(names):
+      rows = [row for row in log if math.isfinite(row.get(name, math.nan))]
+      if rows:
+        lines.append(curves.Line(_title(name.split('/')[1]), [r['step'] for r in rows], [r[name] for r in rows], colour))
+    known = {chance[name] for name in names if chance.get(name)}
+    levels = [curves.Level('chance', known.pop())] if len(known) == 1 else []   # retrieval's differs from split to split
+    if lines:
+      charts.append((ACCURACIES[end], curves.chart(lines, levels=levels, share=True)))
+  return charts
+
+
+def _splits(log: Log) -> dict[str, str]:
+  """Name -> title of every split with a curve, in the order of the log."""
+  names = [name.split('/')[1] for row in log for name in row if name.startswith('eval/') and name.endswith(CHARTED)]
+  return {name: _title(name) for name in dict.fromkeys(names)}
+
+
+def _title(split: str) -> str:
+  return TITLES.get(split, split.replace('_', ' ').capitalize())
+
+
+def _data_url(image: np.ndarray) -> str:
+  """uint8 [S, S, 3 or 4] as an inline picture."""
+  out = io.BytesIO()
+  PIL.Image.fromarray(image).save(out, 'webp', lossless=image.shape[2] == 4, quality=85)
+  return 'data:image/webp;base64,' + base64.b64encode(out.getvalue()).decode()
+
+
+def _overlay(heat_GxG: np.ndarray) -> str:
+  """A veil over the image that opens where the heat is: one pixel a patch, which the browser enlarges smoothly."""
+  share = heat_GxG / max(float(heat_GxG.max()), 1e-12)
+  colour = np.array([255, 94, 30]) * share[..., None] + np.array([24, 26, 34]) * (1 - share[..., None])
+  alpha = 190 - 80 * share
+  return _data_url(np.concatenate([colour, alpha[..., None]], axis=2).round().astype(np.uint8))

@@ -1,0 +1,57 @@
+"""A split of a prepared folder: concepts and groups by zero-shot classification, and retrieval.
+
+The classes are *all* concepts of the manifest, not only the split's (1,914 for emoji), and all its groups by name.
+Retrieval is between the images and their names; where the data have no concepts, between images and all their captions.
+"""
+import numpy as np
+
+from lightclip_jax.evaluation import prompts
+from lightclip_jax.evaluation.metrics import Metric
+from lightclip_jax.evaluation.retrieval import Direction, retrieval
+from lightclip_jax.evaluation.session import Session
+from lightclip_jax.evaluation.zero_shot import class_embeddings, zero_shot
+
+# One-nearest-neighbour image-to-image from the other styles (measured; docs/DATA.md).
+_PIXELS, _FEATURES = 'raw-pixel 1-NN', 'ImageNet MobileNetV2 features 1-NN'
+ANCHORS = {
+  ('emoji', 'heldout_style', 'concept_top1'): ((_PIXELS, 0.073), (_FEATURES, 0.099)),
+  ('emoji', 'heldout_style', 'group_top1'): ((_PIXELS, 0.260), (_FEATURES, 0.427)),
+}
+
+
+def run(session: Session, split: str) -> list[Metric]:
+  """The metrics `eval/<split>/…` of one split."""
+  manifest, records = session.manifest, session.records(split)
+  metrics = []
+  if manifest.concepts:
+    metrics += _classification(session, split, 'concept', manifest.concepts, [r.concept for r in records], (1, 5))
+  if manifest.groups:
+    metrics += _classification(session, split, 'group', manifest.groups, [r.group for r in records], (1,))
+  return metrics + _retrieval(session, split, [r.captions[:1] if manifest.concepts else r.captions for r in records])
+
+
+def _classification(session, split, kind, classes, labels, top) -> list[Metric]:
+  number = {name: i for i, name in enumerate(classes)}
+  result = zero_shot(session.images(split), class_embeddings(session.texts, classes, prompts.templates('name')),
+                     np.array([number[label] for label in labels]), top=top)
+  shares = {f'{kind}_top{k}': (share, min(1.0, k / len(classes))) for k, share in result.top.items()}
+  shares[f'{kind}_mean_per_class'] = result.mean_per_class, 1 / len(classes)
+  return [Metric(f'eval/{split}/{name}', value, result.count, chance,
+                 ANCHORS.get((session.manifest.name, split, name), ())) for name, (value, chance) in shares.items()]
+
+
+def _retrieval(session, split, captions) -> list[Metric]:
+  """One caption an image: each distinct one is asked once, and any image that bears it is right."""
+  texts = [caption for of_image in captions for caption in of_image]
+  image_ids, text_ids = np.arange(len(captions)), np.repeat(np.arange(len(captions)), [len(c) for c in captions])
+  if len(texts) == len(captions):
+    distinct = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+    image_ids, texts, text_ids = np.array([distinct[text] for text in texts]), list(distinct), np.arange(len(distinct))
+  result = retrieval(session.images(split), session.texts(texts), image_ids, text_ids)
+  return [*_direction(f'eval/{split}/image_to_text', result.image_to_text),
+          *_direction(f'eval/{split}/text_to_image', result.text_to_image)]
+
+
+def _direction(name: str, result: Direction) -> list[Metric]:
+  recalls = [Metric(f'{name}_r{k}', share, result.count, result.chance[k]) for k, share in result.recall.items()]
+  return [*recalls, Metric(f'{name}_median_rank', result.median_rank, result.count)]
