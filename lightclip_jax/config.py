@@ -82,7 +82,7 @@ class Model:
 class Data:
   """Where pairs come from and how they are augmented."""
   dataset: str = 'emoji'       # a built-in name, or a folder made by `python -m lightclip_jax.prepare`
-  workers: int = -1            # decoding processes; 0: in the training process, -1: cores - 1, 16 at most
+  workers: int = -1            # decoding processes; 0: threads, -1: threads on up to 4 cores, else cores - 1, 16 at most
   prefetch: int = 4            # batches each worker keeps ready
   crop_scale: tuple[float, float] = (0.4, 1.0)    # RandomResizedCrop: area
   crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)

@@ -1,0 +1,25 @@
+"""Where records come from. A source has `len` and random access to `records.Record`, can be pickled and read by threads."""
+import pathlib
+from collections.abc import Callable
+from typing import Protocol, SupportsIndex
+
+from lightclip_jax.data.records import Record
+from lightclip_jax.data.sources import array_record
+
+
+class Source(Protocol):
+  """Random access to the records of one split."""
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, index: SupportsIndex) -> Record: ...
+
+
+SOURCES: dict[str, Callable[[str | pathlib.Path, str], Source]] = {
+    'array_record': array_record.ArrayRecordSource,
+}
+
+
+def open_split(folder: str | pathlib.Path, split: str, kind: str = 'array_record') -> Source:
+  """The records of a split; UserError if there is no such folder or split."""
+  return SOURCES[kind](folder, split)

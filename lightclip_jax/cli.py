@@ -1,0 +1,21 @@
+"""What all entry points share: a mistake of the user's is one line and exit code 2, Ctrl-C one line and 130."""
+import sys
+from collections.abc import Callable
+
+from lightclip_jax.errors import UserError
+
+
+def run(main: Callable[[], int | None], debug: bool = False) -> int:
+  """Calls `main` and gives the exit code; with `debug`, errors keep their traceback."""
+  try:
+    return main() or 0
+  except UserError as error:
+    if debug:
+      raise
+    print(f'error: {error}', file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    if debug:
+      raise
+    print('stopped', file=sys.stderr)
+    return 130

@@ -1,0 +1,58 @@
+"""SVG drawings to small lossless images, in several processes.
+
+WebP, lossless: at 128 px the smallest file (2.7 kB on average; PNG 4.5, JPEG 4:4:4 q95 7.3) and no slower to decode
+(134 us; PNG 245, JPEG 132), so nothing is lost to keep.
+"""
+import concurrent.futures
+import functools
+import itertools
+import multiprocessing
+import os
+from collections.abc import Iterable, Iterator, Sequence
+
+import cv2
+import numpy as np
+import resvg_py
+import tqdm
+
+from lightclip_jax.data import processes
+
+_CHUNK = 32
+
+
+def render(svg: str, size: int) -> bytes:
+  """The drawing on white, `size` x `size` pixels, as a lossless WebP file.
+
+  Raises:
+    ValueError: if `svg` cannot be drawn.
+  """
+  # dpi: without it drawings sized in points fail. System fonts would make the result depend on the machine.
+  png = resvg_py.svg_to_bytes(
+      svg_string=svg, width=size, height=size, dpi=96.0, skip_system_fonts=True, background='#ffffff')
+  image_SxSx3 = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_COLOR)
+  if image_SxSx3.shape != (size, size, 3):
+    raise ValueError(f'the drawing is {image_SxSx3.shape}, not square')
+  return cv2.imencode('.webp', image_SxSx3, [cv2.IMWRITE_WEBP_QUALITY, 101])[1].tobytes()   # > 100: lossless
+
+
+def render_all(svgs: Sequence[str], size: int, workers: int) -> Iterator[bytes]:
+  """`render` of each drawing, in order, with a progress bar. The result does not depend on `workers`."""
+  progress = functools.partial(tqdm.tqdm, total=len(svgs), desc='drawing', unit=' images', mininterval=0.5)
+  if workers <= 1:
+    yield from progress(render(svg, size) for svg in svgs)
+    return
+  chunks = [svgs[i:i + _CHUNK] for i in range(0, len(svgs), _CHUNK)]
+  pool = concurrent.futures.ProcessPoolExecutor(
+      workers, multiprocessing.get_context('spawn'), processes.start_worker, (os.getpid(),))
+  with pool:
+    try:
+      done = pool.map(functools.partial(_render_chunk, size=size), chunks)
+      yield from progress(itertools.chain.from_iterable(done))
+    except BaseException:
+      pool.shutdown(wait=False, cancel_futures=True)   # else Ctrl-C would first draw all the rest
+      raise
+
+
+def _render_chunk(svgs: Iterable[str], size: int) -> list[bytes]:
+  return [render(svg, size) for svg in svgs]
+

@@ -1,0 +1,242 @@
+"""Records to batches (Grain): a global shuffle without epoch boundaries, the same on any number of workers and hosts.
+
+Example n of the global order is record `shuffle(n)`; batch m is examples [m B, (m + 1) B), of which host h takes its
+contiguous share. All that is random in an example follows from (seed, record, epoch), so the whole state is the number of
+the next batch.
+
+Letters: B global batch, b batch of this host, S image size, W text positions, K masked positions.
+"""
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import weakref
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from lightclip_jax import config as configs
+from lightclip_jax.data import manifest, masking, processes, sources, tokenizers, transforms
+from lightclip_jax.data.records import Record
+from lightclip_jax.errors import UserError
+
+Batch = dict[str, np.ndarray]
+
+
+class _Example:
+  """Makes an example of (record index, epoch). Picklable, and a pure function of its arguments."""
+
+  def __init__(self, source: sources.Source, tokenizer: tokenizers.Tokenizer, options: configs.Data, image_size: int,
+               context: int, seed: int):
+    self._source, self._tokenizer, self._options = source, tokenizer, options
+    self._image_size, self._context, self._seed = image_size, context, seed
+
+  def __call__(self, position: int) -> Batch:
+    epoch, index = divmod(position, len(self._source))
+    record = self._source[index]
+    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((self._seed, index, epoch))))
+    return {'image': self._image(record, rng), **self._text(record, rng), 'example_id': np.int64(index)}
+
+  def _image(self, record: Record, rng: np.random.Generator) -> np.ndarray:
+    options = self._options
+    image = transforms.random_resized_crop(
+        transforms.decode(record.image), self._image_size, rng, scale=options.crop_scale, ratio=options.crop_ratio)
+    return transforms.color_jitter(transforms.flip(image, rng, options.flip), rng, options.color_jitter)
+
+  def _text(self, record: Record, rng: np.random.Generator) -> Batch:
+    first = rng.random() < self._options.first_caption
+    caption = record.captions[0 if first else rng.integers(len(record.captions))]
+    tokenizer = self._tokenizer
+    tokens_W = tokenizer.encode([caption], self._context)[0]
+    word_mask_W = tokenizer.word_mask(tokens_W)
+    masked_W, positions_K, labels_K, weights_K = masking.mask_words(
+        tokens_W, word_mask_W, rng, fraction=self._options.mask_fraction, max_masked=self._options.max_masked,
+        mask_id=tokenizer.mask_id, vocab_size=tokenizer.vocab_size, special_ids=tokenizer.special_ids)
+    return {
+        'tokens': tokens_W, 'word_mask': word_mask_W, 'masked_tokens': masked_W, 'masked_positions': positions_K,
+        'masked_labels': labels_K, 'masked_weights': weights_K,
+        'caption_id': np.int32(zlib.crc32(tokens_W.tobytes()) & 0x7fffffff),   # equal captions, equal ids
+    }
+
+
+class _Share(grain.MapDataset):
+  """What one host reads of the global order, from batch `first` on."""
+
+  def __init__(self, parent: grain.MapDataset, batch_size: int, process_index: int, process_count: int, first: int):
+    super().__init__(parent)
+    self._share = batch_size // process_count
+    self._batch_size, self._offset = batch_size, first * batch_size + process_index * self._share
+
+  def __len__(self) -> int:
+    return len(self._parent)
+
+  def __getitem__(self, index):
+    if isinstance(index, slice):
+      return self.slice(index)
+    batch, within = divmod(index, self._share)
+    return self._parent[self._offset + batch * self._batch_size + within]
+
+
+def train_dataset(folder: str | pathlib.Path, options: configs.Data, *, image_size: int, context: int, batch_size: int,
+                  seed: int, process_index: int = 0, process_count: int = 1, first_batch: int = 0) -> grain.IterDataset:
+  """The endless training batches of one host, from batch `first_batch` on, as a Grain dataset. See `train_batches`."""
+  if batch_size < 1 or batch_size % process_count:
+    raise UserError(f'train.batch_size is {batch_size}; it must be a multiple of the {process_count} hosts')
+  source = sources.open_split(folder, 'train')
+  if not len(source):
+    raise UserError(f'data folder {str(folder)!r} has no training records')
+  example = _Example(source, load_tokenizer(folder), options, image_size, context, seed)
+  # Positions keep counting over the epochs, so that an example knows its epoch; each epoch has its own order.
+  positions = grain.MapDataset.range(len(source)).map_with_index(_position)
+  order = positions.shuffle(int(np.random.SeedSequence(seed).generate_state(1)[0])).repeat()
+  share = _Share(order, batch_size, process_index, process_count, first_batch)
+  batches = share.map(example).batch(batch_size // process_count)
+  workers = worker_count(options.workers)
+  threads = 1 if workers else max(1, min(16, os.cpu_count() or 1))
+  dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=options.prefetch))
+  if not workers:
+    return dataset
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()   # Grain reads absl flags before it starts workers, also in programs without absl
+  parallel = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=options.prefetch)
+  return dataset.mp_prefetch(parallel, functools.partial(_start_worker, os.getpid()))
+
+
+def _position(index: int, _: int) -> int:
+  return index
+
+
+def _start_worker(parent: int, worker: int, workers: int) -> None:
+  del worker, workers
+  processes.start_worker(parent)
+
+
+def worker_count(workers: int) -> int:
+  """Decoding processes for `data.workers`; 0 means threads.
+
+  -1: threads on up to 4 cores (decoding and resizing release the GIL, and 2 cores decode some 1,500 small images a second
+  so), else all cores but one, 16 at most.
+  """
+  cores = os.cpu_count() or 1
+  return workers if workers >= 0 else 0 if cores <= 4 else min(16, cores - 1)
+
+
+def load_tokenizer(folder: str | pathlib.Path) -> tokenizers.Tokenizer:
+  """The tokenizer that lies in a prepared folder."""
+  return tokenizers.load(pathlib.Path(folder) / manifest.load(folder).tokenizer)
+
+
+class TrainBatches(Iterator[Batch]):
+  """Endless batches whose place is one number; made by `train_batches`."""
+
+  def __init__(self, folder: str | pathlib.Path, options: configs.Data, arguments: Mapping[str, Any]):
+    self._folder, self._options, self._arguments = folder, options, dict(arguments)
+    self._fingerprint = _fingerprint(folder)
+    self._next_batch = 0
+    self._running: list[grain.DatasetIterator] = []      # one, or none before the first batch and after `close`
+    # At the end of the program too: Grain's iterators print tracebacks when they are torn down with the interpreter.
+    weakref.finalize(self, _stop, self._running)
+    train_dataset(folder, options, **self._arguments)   # what is wrong is said now, not with the first batch
+
+  def __next__(self) -> Batch:
+    if not self._running:
+      dataset = train_dataset(self._folder, self._options, **self._arguments, first_batch=self._next_batch)
+      self._running.append(iter(dataset))
+    batch = next(self._running[0])
+    self._next_batch += 1
+    # Copied out of the workers' shared memory, which complains when an array in it lives to the end of the program.
+    return {name: np.array(values) for name, values in batch.items()}
+
+  def state(self) -> dict[str, Any]:
+    """The place of the next batch, as JSON values; equal on every host, whatever the workers and hosts."""
+    return {'next_batch': self._next_batch, 'seed': self._arguments['seed'],
+            'batch_size': self._arguments['batch_size'], 'data': self._fingerprint}
+
+  def restore(self, state: Mapping[str, Any]) -> None:
+    """Continues at `state`, on any number of workers and hosts.
+
+    Raises:
+      UserError: if it is the state of other data, another seed or another global batch.
+    """
+    for name, own in self.state().items():
+      if name != 'next_batch' and state.get(name) != own:
+        raise UserError(f'the checkpoint was made with {name} {state.get(name)!r}, this run has {own!r}; '
+                        'continue with the same, or start a new workdir')
+    self.close()
+    self._next_batch = int(state['next_batch'])
+
+  def close(self) -> None:
+    """Ends the workers; the next batch would start new ones."""
+    _stop(self._running)
+
+
+def _stop(running: list[grain.DatasetIterator]) -> None:
+  while running:
+    running.pop().close()
+
+
+def train_batches(folder: str | pathlib.Path, options: configs.Data, *, image_size: int, context: int, batch_size: int,
+                  seed: int, process_index: int = 0, process_count: int = 1) -> TrainBatches:
+  """Endless training batches of this host.
+
+  Args:
+    folder: a prepared data set (`datasets.resolve`).
+    options: `config.data`.
+    image_size: S, pixels.
+    context: W.
+    batch_size: B, over all hosts; this host's are b = B / `process_count`.
+    seed: decides order, captions, crops and masks.
+    process_index: this host.
+    process_count: hosts.
+
+  Returns:
+    An iterator of dicts: `image` uint8 [b, S, S, 3], `tokens` int32 [b, W], `word_mask` bool [b, W], `masked_tokens`
+    int32 [b, W], `masked_positions` and `masked_labels` int32 [b, K], `masked_weights` float32 [b, K], `caption_id`
+    int32 [b] (equal for equal captions), `example_id` int64 [b] (the record's index in the split).
+
+  Raises:
+    UserError: for a folder without training records, or a batch that the hosts cannot share.
+  """
+  return TrainBatches(folder, options, dict(
+      image_size=image_size, context=context, batch_size=batch_size, seed=seed, process_index=process_index,
+      process_count=process_count))
+
+
+def evaluation_batches(folder: str | pathlib.Path, split: str, *, image_size: int, batch_size: int,
+                       process_index: int = 0, process_count: int = 1) -> Iterator[Batch]:
+  """All images of a split once, over all hosts together, in order.
+
+  Yields:
+    `image` uint8 [b, S, S, 3] and `index` int64 [b], the record's index in the split; -1 where the last batch is padded.
+    Every host yields the same number of batches.
+  """
+  if batch_size < 1 or batch_size % process_count:
+    raise UserError(f'evaluation.batch_size is {batch_size}; it must be a multiple of the {process_count} hosts')
+  source = sources.open_split(folder, split)
+  share = batch_size // process_count
+  for start in range(0, len(source), batch_size):
+    first = start + process_index * share
+    images = np.zeros((share, image_size, image_size, 3), np.uint8)
+    index = np.full(share, -1, np.int64)
+    for row, record in enumerate(range(first, min(first + share, len(source)))):
+      images[row] = transforms.evaluation_transform(transforms.decode(source[record].image), image_size)
+      index[row] = record
+    yield {'image': images, 'index': index}
+
+
+def evaluation_records(folder: str | pathlib.Path, split: str) -> list[Record]:
+  """Every record of a split in order, images left encoded: captions, concept, group and style by index."""
+  source = sources.open_split(folder, split)
+  return [source[index] for index in range(len(source))]
+
+
+def _fingerprint(folder: str | pathlib.Path) -> str:
+  """Short hash of the training shards and the tokenizer."""
+  contents = manifest.load(folder)
+  files = [*contents.split('train').shards, contents.tokenizer]
+  return hashlib.sha256(json.dumps([contents.sha256[file] for file in files]).encode()).hexdigest()[:16]

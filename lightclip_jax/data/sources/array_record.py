@@ -1,0 +1,35 @@
+"""Records of one split of a folder that `lightclip_jax.prepare` made."""
+import pathlib
+from typing import SupportsIndex
+
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+from lightclip_jax.data import manifest, records
+from lightclip_jax.errors import UserError
+
+
+class ArrayRecordSource:
+  """Random access; picklable (each process opens the files itself) and safe to read from threads."""
+
+  def __init__(self, folder: str | pathlib.Path, split: str):
+    """Raises UserError if the folder, the split or a shard is not there."""
+    self.folder, self.split = str(folder), split
+    contents = manifest.load(folder).split(split)
+    paths = [pathlib.Path(folder) / shard for shard in contents.shards]
+    for path in paths:
+      if not path.is_file():
+        raise UserError(f'shard {str(path)!r} is missing; prepare the data set again')
+    self._count = contents.count
+    self._files = ArrayRecordDataSource(paths) if paths else []
+    if len(self._files) != self._count:
+      raise UserError(f'{self.folder!r} holds {len(self._files)} records of {split!r}; '
+                      f'its manifest says {self._count}: prepare it again')
+
+  def __len__(self) -> int:
+    return self._count
+
+  def __getitem__(self, index: SupportsIndex) -> records.Record:
+    return records.decode(self._files[index])
+
+  def __repr__(self) -> str:
+    return f'ArrayRecordSource({self.folder!r}, {self.split!r})'

@@ -1,0 +1,1 @@
+"""Reading trained towers back, without any training code."""

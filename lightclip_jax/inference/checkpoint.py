@@ -1,0 +1,71 @@
+"""Training checkpoints as they lie on disk, read for inference: towers, tokenizer, preprocessing, config.
+
+A checkpoint has two items: `state` (arrays) and `run` (JSON: config, data iterator, tokenizer, preprocessing).
+"""
+import base64
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from lightclip_jax import config as config_lib
+from lightclip_jax.data import tokenizers
+from lightclip_jax.errors import UserError
+from lightclip_jax.models import lightclip
+
+STATE, RUN = 'state', 'run'
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+  """A checkpoint's towers and all that they need. `variables` has float32 arrays on the default device."""
+  step: int
+  config: config_lib.Config
+  variables: dict[str, Any]
+  tokenizer: tokenizers.Tokenizer
+  preprocessing: dict[str, Any]
+
+
+def checkpoint_folder(path: pathlib.Path) -> pathlib.Path:
+  """The folder of numbered checkpoints for a workdir or for that folder itself.
+
+  Raises:
+    UserError: if there is none.
+  """
+  for folder in (path / 'checkpoints', path):
+    if folder.is_dir() and any(child.name.isdigit() for child in folder.iterdir()):
+      return folder
+  raise UserError(f'{str(path)!r} holds no checkpoint; give the workdir of a training run')
+
+
+def load(path: pathlib.Path, step: int | None = None) -> Loaded:
+  """Reads the newest (or the given) checkpoint of a run: the moving average where there is one, else the parameters.
+
+  Raises:
+    UserError: if `path` holds no checkpoint, or not that step.
+  """
+  with ocp.CheckpointManager(checkpoint_folder(path).absolute(), options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+    steps = manager.all_steps()
+    step = max(steps) if step is None else step
+    if step not in steps:
+      raise UserError(f'{str(path)!r} has no checkpoint of step {step}; it has {sorted(steps)}')
+    run = manager.restore(step, args=ocp.args.Composite(**{RUN: ocp.args.JsonRestore()}))[RUN]
+    config = config_lib.from_dict(run['config'])
+    abstract = _abstract(config)
+    state = manager.restore(step, args=ocp.args.Composite(**{STATE: ocp.args.PyTreeRestore(
+        item=abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=True)}))[STATE]
+  variables = {'params': state.get('ema', state.get('params')), 'batch_stats': state.get('batch_stats', {})}
+  return Loaded(step, config, variables, tokenizers.from_bytes(base64.b64decode(run['tokenizer'])), run['preprocessing'])
+
+
+def _abstract(config: config_lib.Config) -> dict[str, Any]:
+  """Shapes of the part of the state that inference reads, on one device whatever mesh wrote it."""
+  shapes = jax.eval_shape(lambda rng: lightclip.init_variables(config.model, rng), jax.random.key(0))
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  place = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)  # noqa: E731
+  wanted = {'ema' if config.optimizer.ema_decay else 'params': shapes['params']}
+  if shapes.get('batch_stats'):
+    wanted['batch_stats'] = shapes['batch_stats']
+  return jax.tree.map(place, wanted)

@@ -1,0 +1,138 @@
+"""Layers that several towers share: convolutions padded as PyTorch pads, attention, the MLP, per-example dropout.
+
+Letters: B batch, H height, W width, C channels, T query positions, S key positions, N heads, K width of a head.
+"""
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from lightclip_jax.errors import UserError
+from lightclip_jax.models import convolution
+
+fan_out_normal = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
+trunc_normal = nn.initializers.truncated_normal(0.02)
+
+
+class ImageFeatures(NamedTuple):
+  """What every image tower returns."""
+  pooled_BxF: jax.Array                    # the global feature
+  tokens_BxHxWxF: jax.Array                # the last token grid
+  stages: tuple[jax.Array, ...]            # four feature maps [B, h, w, c], from fine to coarse
+
+
+def gelu(x: jax.Array) -> jax.Array:
+  """The exact GELU, as PyTorch's default."""
+  return jax.nn.gelu(x, approximate=False)
+
+
+class Conv(nn.Module):
+  """A convolution without bias, padded by kernel // 2 on both sides as in PyTorch (XLA's "SAME" differs for strides)."""
+  features: int
+  kernel_size: int = 3
+  stride: int = 1
+
+  @nn.compact
+  def __call__(self, x_BxHxWxC: jax.Array) -> jax.Array:
+    shape = (self.kernel_size, self.kernel_size, x_BxHxWxC.shape[-1], self.features)
+    kernel = self.param('kernel', fan_out_normal, shape).astype(x_BxHxWxC.dtype)
+    return convolution.conv(x_BxHxWxC, kernel, self.stride)
+
+
+class DepthwiseConv(nn.Module):
+  """A 3×3 convolution of each channel by itself, without bias, padded by 1."""
+  stride: int = 1
+
+  @nn.compact
+  def __call__(self, x_BxHxWxC: jax.Array) -> jax.Array:
+    init = nn.initializers.normal((2 / 9) ** 0.5)
+    kernel = self.param('kernel', init, (3, 3, 1, x_BxHxWxC.shape[-1])).astype(x_BxHxWxC.dtype)
+    return convolution.depthwise_conv(x_BxHxWxC, kernel, self.stride)
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+  """softmax(q kᵀ / √K + bias) v: q [..., T, N, K], k and v [..., S, N, K], bias [..., N or 1, T, S]; the softmax is float32."""
+  logits = jnp.einsum('...tnk,...snk->...nts', q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
+  weights = jax.nn.softmax(logits if bias is None else logits + bias, axis=-1)
+  return jnp.einsum('...nts,...snk->...tnk', weights.astype(v.dtype), v)
+
+
+class SelfAttention(nn.Module):
+  """Multi-head self-attention with one product for queries, keys and values (in this order)."""
+  heads: int
+  kernel_init: nn.initializers.Initializer = trunc_normal
+  out_init: nn.initializers.Initializer = trunc_normal
+
+  @nn.compact
+  def __call__(self, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    width = x.shape[-1]
+    qkv = nn.Dense(3 * width, dtype=x.dtype, kernel_init=self.kernel_init, name='qkv')(x)
+    qkv = qkv.reshape(*x.shape[:-1], 3, self.heads, width // self.heads)
+    out = attention(qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :], bias)
+    return nn.Dense(width, dtype=x.dtype, kernel_init=self.out_init, name='out')(out.reshape(x.shape))
+
+
+class MLP(nn.Module):
+  """Dense to four times the width, exact GELU, Dense back."""
+  hidden_init: nn.initializers.Initializer = trunc_normal
+  out_init: nn.initializers.Initializer = trunc_normal
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    hidden = gelu(nn.Dense(4 * x.shape[-1], dtype=x.dtype, kernel_init=self.hidden_init, name='hidden')(x))
+    return nn.Dense(x.shape[-1], dtype=x.dtype, kernel_init=self.out_init, name='out')(hidden)
+
+
+class ExampleDropout(nn.Module):
+  """Dropout whose mask depends on the example's index in the global batch, not on how the batch is cut up.
+
+  Needs `rngs={'dropout': key}` in training. `whole=True` drops an example's whole activation (stochastic depth).
+  """
+  rate: float
+  whole: bool = False
+
+  @nn.compact
+  def __call__(self, x: jax.Array, example_index: jax.Array | None, train: bool) -> jax.Array:
+    """x: [*batch, ...]; example_index: int32 [*batch], None for 0, 1, 2, …"""
+    if not train or self.rate == 0:
+      return x
+    index = jnp.arange(x.shape[0]) if example_index is None else example_index
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(self.make_rng('dropout'), index.reshape(-1))
+    shape = (1,) * (x.ndim - index.ndim) if self.whole else x.shape[index.ndim:]
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self.rate, shape))(keys).reshape(*index.shape, *shape)
+    return jnp.where(keep, x / (1 - self.rate), 0).astype(x.dtype)
+
+
+def check_unused(config: Any, default: Any, *names: str) -> None:
+  """Raises UserError where an option that this tower has no use for differs from its default."""
+  for name in names:
+    if getattr(config, name) != getattr(default, name):
+      raise UserError(f'model.image.{name} is {getattr(config, name)!r}, but {config.name} has no use for it; '
+                      f'leave it at {getattr(default, name)!r}')
+
+
+def check_size(size: int, multiple: int, what: str) -> None:
+  """Raises UserError unless the image size is a positive multiple; the nearest sizes that fit are named."""
+  if size < multiple or size % multiple:
+    low = max(size // multiple, 1) * multiple
+    fits = f'{low}' if size < multiple else f'{low} and {low + multiple}'
+    raise UserError(f'model.image.size is {size}, which is not a multiple of {multiple} ({what}); {fits} would fit')
+
+
+def drop_path_rates(last: float, depth: int) -> tuple[float, ...]:
+  """Stochastic depth, linear from 0 in the first block to `last` in the last one."""
+  return tuple(last * i / max(depth - 1, 1) for i in range(depth))
+
+
+Norm = Callable[..., nn.Module]   # `BatchNorm` with its policy bound
+
+
+def check_stem(image: Any) -> None:
+  """Raises UserError for a stem stride other than 1 or 2, or a size that the whole stride does not divide."""
+  if image.stem_stride not in (1, 2):
+    raise UserError(f'model.image.stem_stride is {image.stem_stride}; it can be 1 or 2')
+  if not image.width > 0:
+    raise UserError(f'model.image.width is {image.width}; it must be above 0')
+  check_size(image.size, 16 * image.stem_stride, f'the stride of {image.name} with stem_stride {image.stem_stride}')

@@ -1,0 +1,199 @@
+"""LightCLIP: two towers and their projections, and the heads that exist in training only.
+
+Letters: B batch, H height, W text positions (width in images), D embedding, d token embedding, P image tokens, K masked
+positions, V vocabulary, C text width.
+"""
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from lightclip_jax import config
+from lightclip_jax.models import fusion, image_towers, layers, norm, text_transformer
+from lightclip_jax.outputs import Outputs
+from lightclip_jax.sharding import Rule
+
+# OpenAI CLIP's statistics of red, green and blue, for values in [0, 1].
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+MAX_SCALE = 100.0
+TRAINING_ONLY = 'training_only'
+
+# Every parameter (and what follows it: moments, averages, running statistics) is whole on each device.
+SHARDING_RULES = (Rule('.*'),)
+
+# A linear map without bias whose weights start with standard deviation width ** -0.5, as CLIP's projections do.
+Projection = functools.partial(nn.Dense, use_bias=False, kernel_init=nn.initializers.variance_scaling(1.0, 'fan_in', 'normal'))
+
+
+class TrainingOnly(nn.Module):
+  """Token projections, the token scale, the sigmoid loss's bias, fusion and the masked-language-model head."""
+  model: config.Model
+
+  def setup(self) -> None:
+    model = self.model
+    fusion.check(model)
+    self.image_token_projection = Projection(model.token_dim)
+    self.text_token_projection = Projection(model.token_dim)
+    self.token_logit_scale = self.param('token_logit_scale', _log_of(model.logit_scale_init), ())
+    self.logit_bias = self.param('logit_bias', nn.initializers.constant(model.logit_bias_init), ())
+    self.fusion = fusion.Fusion(model.fusion)
+    self.masked_lm = fusion.MaskedLMHead(model.text.vocab_size)
+
+  def tokens(self, image_tokens_BxHxWxF: jax.Array, text_tokens_BxWxC: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Unit vectors (image [B, P, d], text [B, W, d])."""
+    image_BxPxF = image_tokens_BxHxWxF.reshape(image_tokens_BxHxWxF.shape[0], -1, image_tokens_BxHxWxF.shape[-1])
+    return _unit(self.image_token_projection(image_BxPxF)), _unit(self.text_token_projection(text_tokens_BxWxC))
+
+
+class LightCLIP(nn.Module):
+  """The model. Inference parameters: `image`, `text`, `image_projection`, `text_projection`, `logit_scale`; the rest is
+  under `training_only`. Parameters are float32; the towers compute in `config.compute_dtype`.
+
+  Attributes:
+    config: sizes and options.
+    local_groups: how many groups batch_norm 'local' makes: the devices that a batch is sharded over.
+  """
+  config: config.Model
+  local_groups: int = 1
+
+  def setup(self) -> None:
+    model, dtype = self.config, jnp.dtype(self.config.compute_dtype)
+    batch_norm = functools.partial(norm.BatchNorm, policy=model.batch_norm, local_groups=self.local_groups)
+    self.image = image_towers.build(model.image, batch_norm)
+    self.text = text_transformer.TextTransformer(model.text, dtype)
+    self.image_projection = Projection(model.embed_dim)
+    self.text_projection = Projection(model.embed_dim)
+    self.logit_scale = self.param('logit_scale', _log_of(model.logit_scale_init), ())
+    self.training_only = TrainingOnly(model)
+
+  def __call__(self, images_BxHxWx3: jax.Array, tokens_BxW: jax.Array, *, masked_tokens_BxW: jax.Array | None = None,
+               masked_positions_BxK: jax.Array | None = None, token_heads: bool = False, train: bool = False,
+               example_index_B: jax.Array | None = None) -> Outputs:
+    """Both towers, and the training-only heads that are asked for.
+
+    Args:
+      images_BxHxWx3: uint8 RGB.
+      tokens_BxW: int32, W at most the context.
+      masked_tokens_BxW: int32, the text with words masked; with masked_positions_BxK (int32) it gives masked-LM logits.
+      token_heads: whether to compute image and text tokens for the matching.
+      train: group statistics in BatchNorm (sown into `group_statistics`), and dropout (`rngs={'dropout': key}`).
+      example_index_B: int32, each example's index in the global batch; dropout masks depend on it and the key alone,
+        so that a micro-batch gets the masks it would get in the whole batch. None: 0, 1, 2, …
+
+    Raises:
+      UserError: for more positions than the context, or a batch that the BatchNorm groups do not divide (training).
+    """
+    image = self.image_features(images_BxHxWx3, train, example_index_B)
+    if masked_tokens_BxW is None:
+      text_end, text_BxWxC = self.text(tokens_BxW, train=train, example_index=example_index_B)
+      logits = None
+    else:
+      text_end, text_BxWxC, hidden_BxWxC = self._fused_text(image, tokens_BxW, masked_tokens_BxW, train, example_index_B)
+      logits = self._masked_lm(hidden_BxWxC, masked_positions_BxK)
+    image_tokens, text_tokens = self.training_only.tokens(image.tokens_BxHxWxF, text_BxWxC) if token_heads else (None, None)
+    return Outputs(_unit(self.image_projection(image.pooled_BxF)), _unit(self.text_projection(text_end)),
+                   image_tokens, text_tokens, logits)
+
+  def encode_image(self, images_BxHxWx3: jax.Array, train: bool = False) -> jax.Array:
+    """uint8 [B, H, W, 3] -> float32 [B, D], unit norm."""
+    return _unit(self.image_projection(self.image_features(images_BxHxWx3, train).pooled_BxF))
+
+  def encode_text(self, tokens_BxW: jax.Array) -> jax.Array:
+    """int32 [B, W] -> float32 [B, D], unit norm."""
+    return _unit(self.text_projection(self.text(tokens_BxW)[0]))
+
+  def encode_tokens(self, images_BxHxWx3: jax.Array, tokens_BxW: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The matching's unit vectors in float32, to plot which word goes to which patch: ([B, P, d], [B, W, d])."""
+    return self.training_only.tokens(self.image_features(images_BxHxWx3).tokens_BxHxWxF, self.text(tokens_BxW)[1])
+
+  def image_features(self, images_BxHxWx3: jax.Array, train: bool = False,
+                     example_index_B: jax.Array | None = None) -> layers.ImageFeatures:
+    """The image tower on uint8 images, normalised here."""
+    images = normalize(images_BxHxWx3, jnp.dtype(self.config.compute_dtype))
+    return self.image(images, train, example_index_B)
+
+  def _fused_text(self, image: layers.ImageFeatures, tokens_BxW: jax.Array, masked_tokens_BxW: jax.Array, train: bool,
+                  example_index_B: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Plain and masked text as one pass; a new leading axis of 2 keeps the batch axis sharded as it was."""
+    def inject(blocks_done: int, hidden_2xBxWxC: jax.Array) -> jax.Array:
+      if all(block != blocks_done for _, block in self.config.fusion.stages):
+        return hidden_2xBxWxC
+      plain, masked = hidden_2xBxWxC
+      return jnp.stack([plain, self.training_only.fusion(blocks_done, masked, image.stages)])
+
+    index_B = jnp.arange(tokens_BxW.shape[0]) if example_index_B is None else example_index_B
+    ends, hidden = self.text(jnp.stack([tokens_BxW, masked_tokens_BxW]), inject, train=train,
+                             example_index=jnp.stack([index_B, ~index_B]))   # ~: other masks for the masked text
+    return ends[0], hidden[0], hidden[1]
+
+  def _masked_lm(self, hidden_BxWxC: jax.Array, masked_positions_BxK: jax.Array) -> jax.Array:
+    """Float32 logits [B, K, V] at the masked positions only."""
+    hidden_BxKxC = jnp.take_along_axis(hidden_BxWxC, masked_positions_BxK[..., None], axis=1)
+    x_BxKxC, bias_V = self.training_only.masked_lm(hidden_BxKxC)
+    logits_BxKxV = self.text.attend(x_BxKxC)
+    return logits_BxKxV + jnp.broadcast_to(bias_V, logits_BxKxV.shape)
+
+
+def normalize(images_BxHxWx3: jax.Array, dtype: jnp.dtype) -> jax.Array:
+  """(x / 255 − mean) / std as one multiply-add on the device: uint8 [B, H, W, 3] -> dtype."""
+  factor = jnp.array([1 / (255 * s) for s in IMAGE_STD], jnp.float32).reshape(1, 1, 1, 3)
+  offset = jnp.array([-m / s for m, s in zip(IMAGE_MEAN, IMAGE_STD)], jnp.float32).reshape(1, 1, 1, 3)
+  return (images_BxHxWx3.astype(jnp.float32) * factor + offset).astype(dtype)
+
+
+def preprocessing(model: config.Model) -> dict[str, Any]:
+  """What an image goes through before the tower, in open_clip's terms; it travels in the checkpoint."""
+  return {'size': model.image.size, 'mean': list(IMAGE_MEAN), 'std': list(IMAGE_STD), 'interpolation': 'bicubic',
+          'resize_mode': 'shortest'}
+
+
+def init_variables(model: config.Model, rng: jax.Array) -> dict[str, Any]:
+  """Every parameter, training-only ones included: {'params', 'batch_stats'} (`batch_stats` empty without BatchNorm).
+
+  Raises:
+    UserError: for a config whose sizes do not fit together.
+  """
+  images = jnp.zeros((1, model.image.size, model.image.size, 3), jnp.uint8)
+  tokens = jnp.zeros((1, model.text.context), jnp.int32)
+  clip = LightCLIP(model)
+  init = functools.partial(clip.init, masked_tokens_BxW=tokens, masked_positions_BxK=tokens[:, :1], token_heads=True)
+  variables = jax.jit(init)(rng, images, tokens)
+  return {'params': variables['params'], 'batch_stats': variables.get('batch_stats', {})}
+
+
+def inference_parameters(params: dict[str, Any]) -> dict[str, Any]:
+  """The two towers, their projections and the scale, without what training alone needs."""
+  return {name: value for name, value in params.items() if name != TRAINING_ONLY}
+
+
+@jax.custom_vjp
+def clipped_scale(log_scale: jax.Array) -> jax.Array:
+  """exp(log_scale), at most 100. At the cap only a gradient that lowers the scale passes, so that it cannot stick there."""
+  return jnp.minimum(jnp.exp(log_scale), MAX_SCALE)
+
+
+def _clipped_scale_forward(log_scale: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+  scale = clipped_scale(log_scale)
+  return scale, (scale, log_scale >= math.log(MAX_SCALE))
+
+
+def _clipped_scale_backward(residuals: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array]:
+  scale, capped = residuals
+  return (scale * jnp.where(capped, jnp.maximum(gradient, 0), gradient),)
+
+
+clipped_scale.defvjp(_clipped_scale_forward, _clipped_scale_backward)
+
+
+def _log_of(value: float) -> nn.initializers.Initializer:
+  return nn.initializers.constant(math.log(value))
+
+
+def _unit(x: jax.Array) -> jax.Array:
+  """Float32 unit vectors along the last axis; zero stays zero, with a finite gradient."""
+  x = x.astype(jnp.float32)
+  return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-12))

@@ -1,0 +1,95 @@
+"""The text tower: a pre-norm Transformer (CLIP's; agrees with open_clip's text tower given its weights).
+
+Letters: W positions, C width, V vocabulary; `...` any batch axes.
+"""
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from lightclip_jax import config
+from lightclip_jax.errors import UserError
+from lightclip_jax.models import layers
+
+Inject = Callable[[int, jax.Array], jax.Array]
+
+
+def valid_positions(tokens_W: jax.Array, end_id: int) -> jax.Array:
+  """True up to the first end token, itself included; everywhere where there is none. int32 [..., W] -> bool [..., W]."""
+  ends = (tokens_W == end_id).astype(jnp.int32)
+  return jnp.cumsum(ends, axis=-1) - ends == 0
+
+
+class Block(nn.Module):
+  """x + attention(norm(x)), then x + mlp(norm(x))."""
+  text: config.TextTower
+
+  @nn.compact
+  def __call__(self, x: jax.Array, bias: jax.Array, example_index: jax.Array | None, train: bool) -> jax.Array:
+    normal, width, depth = nn.initializers.normal, self.text.width, self.text.depth
+    out_init = normal(width ** -0.5 * (2 * depth) ** -0.5)
+    drop = layers.ExampleDropout(self.text.dropout, name='drop_attention')
+    y = nn.LayerNorm(1e-5, dtype=x.dtype, name='attention_norm')(x)
+    y = layers.SelfAttention(self.text.heads, normal(width ** -0.5), out_init, name='attention')(y, bias)
+    x = x + drop(y, example_index, train)
+    y = nn.LayerNorm(1e-5, dtype=x.dtype, name='mlp_norm')(x)
+    y = layers.MLP(normal((2 * width) ** -0.5), out_init, name='mlp')(y)
+    return x + layers.ExampleDropout(self.text.dropout, name='drop_mlp')(y, example_index, train)
+
+
+class TextTransformer(nn.Module):
+  """Token and position embeddings, the blocks, a final LayerNorm; the embedding is read at the end token."""
+  text: config.TextTower
+  dtype: jnp.dtype = jnp.float32
+
+  def setup(self) -> None:
+    text = self.text
+    if text.width % text.heads:
+      raise UserError(f'model.text.width {text.width} is not a multiple of model.text.heads {text.heads}')
+    self.token_embedding = nn.Embed(text.vocab_size, text.width, embedding_init=nn.initializers.normal(0.02))
+    self.position_embedding = self.param('position_embedding', nn.initializers.normal(0.01), (text.context, text.width))
+    self.blocks = [Block(text, name=f'block{i}') for i in range(text.depth)]
+    self.final_norm = nn.LayerNorm(1e-5, dtype=self.dtype)
+
+  def __call__(self, tokens_W: jax.Array, inject: Inject | None = None, *, train: bool = False,
+               example_index: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    """int32 [..., W] with W at most the context -> ([..., C] at the end token, [..., W, C] at all positions).
+
+    Args:
+      tokens_W: token ids; nothing attends to positions after the first end token.
+      inject: called after each block as inject(number of blocks done, hidden [..., W, C]); its result goes on.
+      train: whether to drop out.
+      example_index: int32 [...], the example's index in the global batch, which decides its dropout masks.
+
+    Raises:
+      UserError: if W is more than the context.
+    """
+    positions = tokens_W.shape[-1]
+    if positions > self.text.context:
+      raise UserError(f'{positions} text positions are more than model.text.context {self.text.context}')
+    valid = valid_positions(tokens_W, self.text.end_id)
+    bias = self._bias(valid)
+    embeddings = self.token_embedding.embedding.astype(self.dtype)
+    x = jnp.take(embeddings, tokens_W, axis=0)
+    x = x + jnp.broadcast_to(self.position_embedding[:positions], x.shape).astype(self.dtype)
+    for done, block in enumerate(self.blocks, start=1):
+      x = block(x, bias, example_index, train)
+      x = inject(done, x) if inject else x
+    x = self.final_norm(x)
+    end = jnp.sum(valid, axis=-1, dtype=jnp.int32)[..., None, None] - 1
+    return jnp.take_along_axis(x, end, axis=-2)[..., 0, :], x
+
+  def attend(self, x: jax.Array) -> jax.Array:
+    """Float32 products [..., V] of x [..., C] with the token embeddings (a tied output layer)."""
+    return jnp.einsum('...c,vc->...v', x, self.token_embedding.embedding.astype(x.dtype),
+                      preferred_element_type=jnp.float32)
+
+  def _bias(self, valid: jax.Array) -> jax.Array:
+    """The attention bias [..., 1, T, S]: 0 where a position may look, a large negative number where it may not."""
+    allowed = valid[..., None, None, :]
+    if self.text.causal:
+      positions = valid.shape[-1]
+      triangle = jnp.tril(jnp.ones((positions, positions), bool))
+      allowed = allowed & triangle.reshape((1,) * (allowed.ndim - 2) + triangle.shape)
+    return jnp.where(allowed, 0.0, -1e9)

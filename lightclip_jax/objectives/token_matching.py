@@ -1,0 +1,100 @@
+"""Contrast of image-text similarities that come from matching patches to words (docs/OBJECTIVES.md, 2).
+
+Letters: B batch, g pairs of a group, P image tokens, W text positions, d token embedding, G groups of a device.
+"""
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from lightclip_jax.errors import UserError
+from lightclip_jax.objectives.ring import Ring
+from lightclip_jax.objectives.sinkhorn import sinkhorn_plan
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TokenMatchingAux:
+  """What the matching found for the true pairs, for plots, and how well it tells them from the rest of the group."""
+  plans_BxPxW: jax.Array       # float32, each image with its own text
+  similarity_B: jax.Array      # float32, m_ii in [-1, 1]; 0 for a text without words
+  top1_image_to_text: jax.Array   # float32 scalars, within groups, over texts that have a word; a tie is a miss
+  top1_text_to_image: jax.Array
+
+
+def token_matching_loss(
+    image_tokens_BxPxd: jax.Array, text_tokens_BxWxd: jax.Array, text_mask_BxW: jax.Array,
+    logit_scale: jax.Array | float, *, group_size: int = 16, epsilon: float = 0.05, num_iterations: int = 20,
+    mesh: Mesh | None = None, axes: str | tuple[str, ...] | None = None) -> tuple[jax.Array, TokenMatchingAux]:
+  """Symmetric InfoNCE over m_ij = sum_pw pi_pw c_pw / min(P, words of j), inside groups of `group_size` pairs.
+
+  Groups are contiguous runs of the global batch inside a device's share: the cost does not depend on B, and nothing is
+  communicated but the final mean. A pair whose text has no word is left out.
+
+  Args:
+    image_tokens_BxPxd, text_tokens_BxWxd: unit vectors, any float type; computed in float32.
+    text_mask_BxW: bool, true at words (not at padding or special tokens).
+    logit_scale: multiplicative, a scalar.
+    epsilon, num_iterations: of `sinkhorn_plan`.
+    mesh, axes: where the batch is sharded, B over `axes`; None: one device.
+
+  Returns:
+    (float32 scalar, TokenMatchingAux); 0 if no text has a word.
+
+  Raises:
+    UserError: for shapes that do not fit, or groups that do not divide a device's share.
+  """
+  ring = Ring.over(mesh, axes)
+  _check(image_tokens_BxPxd, text_tokens_BxWxd, text_mask_BxW, logit_scale, group_size, ring)
+
+  def share(sharded: Any, _: None) -> tuple[Any, None]:
+    return _group_similarities(*sharded, group_size, epsilon, num_iterations), None
+  tokens = image_tokens_BxPxd.astype(jnp.float32), text_tokens_BxWxd.astype(jnp.float32)
+  (similarity_Bxg, plans_BxPxW), _ = ring.run(share, (*tokens, text_mask_BxW.astype(bool)), None)
+  has_word = jnp.any(text_mask_BxW, axis=-1).reshape(-1, group_size)
+  similarity = similarity_Bxg.reshape(-1, group_size, group_size)
+  losses, hits = zip(*(_contrast(jnp.asarray(logit_scale, jnp.float32).reshape(()) * x, has_word)
+                       for x in (similarity, similarity.swapaxes(1, 2))), strict=True)
+  count = jnp.maximum(jnp.sum(has_word, dtype=jnp.float32), 1.0)
+  own = jnp.diagonal(jax.lax.stop_gradient(similarity), axis1=1, axis2=2).reshape(-1)
+  loss = sum(map(jnp.sum, losses)) / (2 * count)
+  return loss, TokenMatchingAux(plans_BxPxW, own, *(jnp.sum(hit) / count for hit in hits))
+
+
+def _check(image: jax.Array, text: jax.Array, mask: jax.Array, scale: Any, group_size: int, ring: Ring) -> None:
+  shapes = [jnp.shape(x) for x in (image, text, mask)]
+  if [len(s) for s in shapes] != [3, 3, 2] or image.shape[::2] != text.shape[::2] or text.shape[:2] != mask.shape:
+    raise UserError('token_matching_loss needs image tokens [B, P, d], text tokens [B, W, d] and text mask [B, W]; '
+                    f'it has {shapes[0]}, {shapes[1]} and {shapes[2]}')
+  if jnp.size(scale) != 1:
+    raise UserError(f'logit_scale has shape {jnp.shape(scale)}; it must be a scalar')
+  if group_size < 1:
+    raise UserError(f'group_size is {group_size}; it must be at least 1')
+  ring.check(image.shape[0], group_size)
+
+
+def _group_similarities(image_BxPxd: jax.Array, text_BxWxd: jax.Array, mask_BxW: jax.Array, group_size: int,
+                        epsilon: float, num_iterations: int) -> tuple[jax.Array, jax.Array]:
+  """m [B, g] of every image with the texts of its group, and the plans of the true pairs."""
+  grouped = [x.reshape(-1, group_size, *x.shape[1:]) for x in (image_BxPxd, text_BxWxd, mask_BxW)]
+  cosine = jnp.einsum('nipd,njwd->nijpw', grouped[0], grouped[1],
+                      precision=jax.lax.Precision.HIGHEST)
+  words = grouped[2][:, None]
+  patches = jnp.ones(image_BxPxd.shape[1], bool)
+  plans = sinkhorn_plan(1 - cosine, patches, words, epsilon=epsilon, num_iterations=num_iterations)
+  smaller = jnp.clip(jnp.sum(words, -1), 1, image_BxPxd.shape[1])
+  similarity = jnp.einsum('nijpw,nijpw->nij', plans, cosine) / smaller
+  own = jnp.einsum('niipw->nipw', plans)
+  return similarity.reshape(-1, group_size), own.reshape(-1, *own.shape[2:])
+
+
+def _contrast(logits_Gxgxg: jax.Array, has_word_Gxg: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Cross-entropy [G, g] of each row with its own column, and whether that is its best; 0 for pairs left out."""
+  own = jnp.diagonal(logits_Gxgxg, axis1=1, axis2=2)
+  counted = has_word_Gxg[:, None, :]
+  other = counted & ~jnp.eye(logits_Gxgxg.shape[-1], dtype=bool)[None]
+  norm = jax.nn.logsumexp(jnp.where(counted, logits_Gxgxg, -1e30), axis=-1)
+  hit = own > jnp.max(jnp.where(other, logits_Gxgxg, -jnp.inf), axis=-1)
+  return jnp.where(has_word_Gxg, norm - own, 0.0), has_word_Gxg & hit

@@ -1,0 +1,115 @@
+"""The device mesh, where arrays live on it, and the micro-batch reshape. No model names here.
+
+Axis types are decided once, here: all `Auto`, so that the compiler places what the rules do not fix (`jax.make_mesh`
+would default to explicit axes). The batch runs over `data` and `fsdp` together; `tensor` holds copies of it.
+
+Letters: B global batch, K micro-batches, n batch shards.
+"""
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from lightclip_jax import config as config_lib
+from lightclip_jax.errors import UserError
+
+BATCH_AXES = ('data', 'fsdp')
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+  """Parameters whose path ("text/blocks_0/mlp/kernel") matches `pattern` are split over `axes`, one a dimension (None: whole)."""
+  pattern: str
+  axes: tuple[str | None, ...] = ()
+
+
+def make_mesh(mesh: config_lib.Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+  """A (data, fsdp, tensor) mesh over `devices` (default: all).
+
+  Raises:
+    UserError: if the axes' product is not the number of devices, or more than one axis is -1.
+  """
+  devices = jax.devices() if devices is None else devices
+  sizes = dataclasses.asdict(mesh)
+  free = [name for name, size in sizes.items() if size == -1]
+  fixed = math.prod(size for size in sizes.values() if size != -1)
+  if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+    raise UserError(f'mesh is {sizes}; each axis is at least 1, and one alone may be -1 (what is left)')
+  if free and len(devices) % fixed == 0:
+    sizes[free[0]] = len(devices) // fixed
+  if math.prod(sizes.values()) != len(devices):
+    raise UserError(f'mesh is {sizes}, which does not divide the {len(devices)} devices')
+  return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def batch_shards(mesh: jax.sharding.Mesh) -> int:
+  """Into how many parts the batch is split."""
+  return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
+  """The leading dimension over the batch axes."""
+  return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+  """A copy on every device."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+  """A tree path as "text/blocks_0/kernel"."""
+  return '/'.join(str(getattr(key, 'key', getattr(key, 'name', getattr(key, 'idx', key)))) for key in path)
+
+
+def tree_shardings(tree: Any, mesh: jax.sharding.Mesh, rules: Sequence[Rule]) -> Any:
+  """The sharding of every leaf of `tree` by the first rule that matches its path. Scalars are replicated.
+
+  Raises:
+    UserError: for a leaf that no rule covers, or whose dimension its axis does not divide.
+  """
+  return jax.tree_util.tree_map_with_path(lambda path, leaf: _leaf_sharding(path_name(path), leaf, mesh, rules), tree)
+
+
+def _leaf_sharding(name: str, leaf: Any, mesh: jax.sharding.Mesh, rules: Sequence[Rule]) -> NamedSharding:
+  if not leaf.shape:
+    return replicated(mesh)
+  rule = next((rule for rule in rules if re.search(rule.pattern, name)), None)
+  if rule is None:
+    raise UserError(f'no sharding rule covers {name!r} of shape {leaf.shape}')
+  for size, axis in zip(leaf.shape, rule.axes, strict=False):
+    if axis is not None and size % mesh.shape[axis]:
+      raise UserError(f'rule {rule.pattern!r}: {size} of {name!r} {leaf.shape} is not a multiple of {axis}={mesh.shape[axis]}')
+  return NamedSharding(mesh, PartitionSpec(*rule.axes))
+
+
+def to_micro_batches(tree: Any, count: int, mesh: jax.sharding.Mesh) -> Any:
+  """[B, ...] -> [K, B/K, ...], each device splitting its own share, so that nothing moves between devices.
+
+  Contiguous runs of a device's share stay contiguous, so normalisation groups are the same for every K.
+  """
+  n = batch_shards(mesh)
+  sharding = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
+
+  def split(x: jax.Array) -> jax.Array:
+    batch, *rest = x.shape
+    x = x.reshape(n, count, batch // (n * count), *rest).swapaxes(0, 1).reshape(count, batch // count, *rest)
+    return jax.lax.with_sharding_constraint(x, sharding)
+
+  return jax.tree.map(split, tree)
+
+
+def from_micro_batches(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+  """The inverse of `to_micro_batches`: [K, B/K, ...] -> [B, ...] in the original order."""
+  n = batch_shards(mesh)
+
+  def join(x: jax.Array) -> jax.Array:
+    count, micro, *rest = x.shape
+    x = x.reshape(count, n, micro // n, *rest).swapaxes(0, 1).reshape(count * micro, *rest)
+    return jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
+
+  return jax.tree.map(join, tree)

@@ -1,0 +1,78 @@
+"""Checkpoints of everything that a run needs to continue: state, data iterator, meter, config, tokenizer, preprocessing."""
+import dataclasses
+import pathlib
+import time
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from lightclip_jax import config as config_lib
+from lightclip_jax.errors import UserError
+from lightclip_jax.inference.checkpoint import RUN, STATE
+from lightclip_jax.training.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class RunState:
+  """The JSON half of a checkpoint."""
+  iterator: dict[str, Any]         # where the data pipeline continues
+  meter: dict[str, Any]            # metrics of the steps since the last log line
+  config: dict[str, Any]
+  preprocessing: dict[str, Any]
+  tokenizer: str                   # base64
+
+
+class Checkpointer:
+  """Asynchronous, atomic saves into `workdir/checkpoints`, by steps and by minutes, whichever comes first."""
+
+  def __init__(self, workdir: pathlib.Path, config: config_lib.Checkpoint) -> None:
+    self._config = config
+    options = ocp.CheckpointManagerOptions(max_to_keep=config.keep, enable_async_checkpointing=True)
+    self._manager = ocp.CheckpointManager((workdir / 'checkpoints').absolute(), options=options)
+    self._last_save = time.monotonic()
+
+  def due(self, step: int) -> bool:
+    """Whether one of the two clocks has run out."""
+    minutes = (time.monotonic() - self._last_save) / 60
+    by_steps = self._config.every_steps and step % self._config.every_steps == 0
+    return bool(by_steps or (self._config.every_minutes and minutes >= self._config.every_minutes))
+
+  def save(self, step: int, state: TrainState, run: RunState) -> None:
+    """Copies the state off the devices and writes it in the background. A step that is saved already is left alone."""
+    if step in self._manager.all_steps():
+      return
+    self._manager.save(step, args=ocp.args.Composite(**{
+        STATE: ocp.args.StandardSave(_as_dict(state)), RUN: ocp.args.JsonSave(dataclasses.asdict(run))}))
+    self._last_save = time.monotonic()
+
+  def restore(self, like: TrainState) -> tuple[TrainState, RunState] | None:
+    """The newest checkpoint in the shapes and shardings of `like`; None if there is none yet.
+
+    Raises:
+      UserError: if the newest checkpoint cannot be read.
+    """
+    step = self._manager.latest_step()
+    if step is None:
+      return None
+    try:
+      restored = self._manager.restore(step, args=ocp.args.Composite(**{
+          STATE: ocp.args.StandardRestore(_as_dict(like)), RUN: ocp.args.JsonRestore()}))
+    except (ValueError, KeyError, OSError) as error:
+      first_line = str(error).strip().splitlines()[0]
+      raise UserError(f'checkpoint {step} in {str(self._manager.directory)!r} cannot be restored: {first_line}') from error
+    state = restored[STATE]
+    return TrainState(**{'ema': None, 'batch_stats': {}, **state}), RunState(**restored[RUN])
+
+  def wait(self) -> None:
+    """Returns when the save under way is on disk."""
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits and releases the threads."""
+    self._manager.close()
+
+
+def _as_dict(state: TrainState) -> dict[str, Any]:
+  """Without empty subtrees, which Orbax would not store."""
+  return {name: value for name, value in vars(state).items() if jax.tree.leaves(value)}

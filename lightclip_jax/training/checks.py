@@ -1,0 +1,104 @@
+"""What must fit together before a run starts. Each failure is one line that names the value and what would be right."""
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+from lightclip_jax import config as config_lib
+from lightclip_jax.data import tokenizers
+from lightclip_jax.errors import UserError
+
+# These may change between a run and its continuation: they do not change what is learnt.
+FREE = ('train.log_every', 'train.accumulate', 'checkpoint', 'evaluation', 'mesh', 'data.workers', 'data.prefetch',
+        'data.dataset', 'name')
+
+
+def check_batch(config: config_lib.Config, shards: int) -> None:
+  """The global batch divides into devices, micro-batches and groups.
+
+  Raises:
+    UserError: naming the sizes.
+  """
+  batch, accumulate = config.train.batch_size, config.train.accumulate
+  parts = shards * accumulate
+  if batch < 1 or batch % parts:
+    raise UserError(f'train.batch_size is {batch}; it must be a multiple of {parts} ({shards} devices × accumulate {accumulate})')
+  groups = {'model.batch_norm': _group(config.model.batch_norm)}
+  if config.objective.token_matching.weight != config_lib.constant(0.0):
+    groups['objective.token_matching.group_size'] = config.objective.token_matching.group_size
+  for name, size in groups.items():
+    share = batch // shards if name.startswith('objective') else batch // parts
+    if size < 1 or share % size:
+      raise UserError(f'{name} is a group of {size} examples, which does not divide the {share} of a device '
+                      f'(train.batch_size {batch} on {shards} devices, accumulate {accumulate})')
+
+
+def _group(batch_norm: str) -> int:
+  """N of 'group:N'; 1 for the kinds without groups."""
+  kind, _, size = batch_norm.partition(':')
+  if kind == 'group' and size.isdigit():
+    return int(size)
+  if batch_norm in ('global', 'local'):
+    return 1
+  raise UserError(f"model.batch_norm is {batch_norm!r}; it can be 'group:N', 'global' or 'local'")
+
+
+def check_tokenizer(config: config_lib.Config, tokenizer: tokenizers.Tokenizer) -> None:
+  """The text tower's vocabulary and end token are the tokenizer's.
+
+  Raises:
+    UserError: naming both.
+  """
+  text = config.model.text
+  if tokenizer.vocab_size != text.vocab_size:
+    raise UserError(f'model.text.vocab_size is {text.vocab_size}, but the tokenizer of {config.data.dataset!r} has '
+                    f'{tokenizer.vocab_size} pieces')
+  if tokenizer.end_id != text.end_id:
+    raise UserError(f'model.text.end_id is {text.end_id}, but the tokenizer of {config.data.dataset!r} ends with {tokenizer.end_id}')
+
+
+def check_steps(config: config_lib.Config) -> None:
+  """Counts that must be positive.
+
+  Raises:
+    UserError: naming the first that is not.
+  """
+  for name, value in (('train.steps', config.train.steps), ('train.log_every', config.train.log_every),
+                      ('evaluation.batch_size', config.evaluation.batch_size), ('checkpoint.keep', config.checkpoint.keep)):
+    if value < 1:
+      raise UserError(f'{name} is {value}; it must be at least 1')
+
+
+def claim_workdir(workdir: pathlib.Path, config: config_lib.Config) -> None:
+  """Writes `config.json` into a new workdir, or checks that an old one holds the same run.
+
+  Raises:
+    UserError: if the workdir belongs to a run with another config; the first differing options are named.
+  """
+  path = workdir / 'config.json'
+  values = dataclasses.asdict(config)
+  if path.exists():
+    try:
+      before = _flat(json.loads(path.read_text()))
+    except ValueError as error:
+      raise UserError(f'{str(path)!r} is not JSON ({error}); use another --workdir') from error
+    now = _flat(json.loads(json.dumps(values)))
+    differing = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name) and not _is_free(name)]
+    if differing:
+      shown = ', '.join(f'{name} {before.get(name)!r} there, {now.get(name)!r} here' for name in differing[:3])
+      raise UserError(f'{str(workdir)!r} holds a run with another config ({shown}); use another --workdir')
+  workdir.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_suffix('.tmp')
+  temporary.write_text(json.dumps(values, indent=2) + '\n')
+  temporary.replace(path)
+
+
+def _is_free(name: str) -> bool:
+  return any(name == free or name.startswith(free + '.') for free in FREE)
+
+
+def _flat(values: dict[str, Any], prefix: str = '') -> dict[str, Any]:
+  out = {}
+  for name, value in values.items():
+    out |= _flat(value, f'{prefix}{name}.') if isinstance(value, dict) else {prefix + name: value}
+  return out

@@ -1,0 +1,158 @@
+"""The training loop.
+
+The order of a step is law, because a checkpoint must hold exactly what a run that was never stopped would have:
+batch → step → (evaluate) → (save) → (stop if asked). Metrics are read and logged one step late, so that the host never
+waits for a device that could be working; evaluation and saves settle them first.
+"""
+import base64
+import contextlib
+import dataclasses
+import pathlib
+import time
+from collections.abc import Iterator
+
+import jax
+
+from lightclip_jax import config as config_lib
+from lightclip_jax import sharding
+from lightclip_jax.data import datasets, manifest, pipeline, tokenizers
+from lightclip_jax.models import lightclip
+from lightclip_jax.training import checkpoint as checkpoint_lib
+from lightclip_jax.training import checks, evaluator, metrics, preemption
+from lightclip_jax.training.step import Trainer, put_batch
+
+
+def train(config: config_lib.Config, workdir: pathlib.Path) -> int:
+  """Trains to the end, or until SIGTERM or SIGINT; a workdir with history is continued.
+
+  Returns:
+    The exit code: 0 when complete (evaluated, with a report), `preemption.EXIT_PREEMPTED` when stopped and saved.
+
+  Raises:
+    UserError: if config, data, devices and workdir do not fit together; nothing has been written then.
+  """
+  with preemption.Preemption() as stop, contextlib.closing(Run(config, workdir, stop)) as run:
+    run.start()
+    if run.train():
+      run.finish()
+      return 0
+    print(f'stopped and saved at step {run.step}; the same command continues there', flush=True)
+    return preemption.EXIT_PREEMPTED
+
+
+class Run:
+  """One process's part of a training run."""
+
+  def __init__(self, config: config_lib.Config, workdir: pathlib.Path, stop: preemption.Preemption) -> None:
+    self.config, self.workdir, self.step, self._stop = config, workdir, 0, stop
+    self._mesh = sharding.make_mesh(config.mesh)
+    checks.check_steps(config)
+    checks.check_batch(config, sharding.batch_shards(self._mesh))
+    self._trainer = Trainer.create(config, self._mesh)
+    self._abstract = self._trainer.abstract_state()
+    folder = datasets.resolve(config.data.dataset)
+    self._tokenizer = tokenizers.load(folder / manifest.Manifest.load(folder).tokenizer)
+    checks.check_tokenizer(config, self._tokenizer)
+    checks.claim_workdir(workdir, config)
+    self._evaluator = evaluator.Evaluator(config, folder, self._tokenizer, self._mesh, workdir)
+    self._batches = pipeline.train_batches(
+        folder, config.data, image_size=config.model.image.size, context=config.model.text.context,
+        batch_size=config.train.batch_size, seed=config.train.seed, process_index=jax.process_index(),
+        process_count=jax.process_count())
+    self._checkpointer = checkpoint_lib.Checkpointer(workdir, config.checkpoint)
+    self._clock = metrics.Clock(config.train.batch_size, config.train.steps)
+    self._pending: dict[str, jax.Array] | None = None
+
+  def start(self) -> None:
+    """Restores or initialises the state, and opens the logs behind it."""
+    restored = self._checkpointer.restore(self._abstract)
+    if restored is None:
+      self.state, self._meter = self._trainer.init_state(), metrics.Meter()
+    else:
+      self.state, saved = restored
+      self.step = int(self.state.step)
+      self._batches.restore(saved.iterator)
+      self._meter = metrics.Meter(saved.meter)
+    self._writer = metrics.MetricWriter(self.workdir, self.step)
+    self._describe()
+
+  def train(self) -> bool:
+    """Steps until the end (True), or until a signal (False, saved)."""
+    total = self.config.train.steps
+    if self.step < total:
+      self._compile()
+    while self.step < total and not self._stop.requested:
+      self._one_step()
+      if self.step % self.config.evaluation.every_steps == 0 and self.step < total:
+        self._evaluate()
+      if self._checkpointer.due(self.step):
+        self._save()
+    self._save()
+    self._checkpointer.wait()
+    return self.step >= total
+
+  def finish(self) -> None:
+    """Final evaluation, table and report."""
+    self._writer.write(self.step, self._evaluator.finish(self.step, self.state.evaluation_variables))
+
+  def close(self) -> None:
+    """Ends workers and flushes what is open."""
+    self._batches.close()
+    self._checkpointer.close()
+    if hasattr(self, '_writer'):
+      self._writer.close()
+
+  def _describe(self) -> None:
+    count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))  # noqa: E731
+    inference = count(lightclip.inference_parameters(self.state.params))
+    training_only = count(self.state.params) - inference
+    devices = jax.devices()
+    verb = f'continues at step {self.step}' if self.step else 'starts'
+    print(f'{self.config.name} {verb} in {str(self.workdir)!r}: {inference / 1e6:.2f} M parameters at inference, '
+          f'{training_only / 1e6:.2f} M more in training; {len(devices)} × {devices[0].device_kind}', flush=True)
+
+  def _compile(self) -> None:
+    start = time.perf_counter()
+    self._compiled_step = self._trainer.compile_step()
+    print(f'compiled the step in {metrics.duration(time.perf_counter() - start)}', flush=True)
+    self._clock.paused(time.perf_counter() - start)
+
+  def _one_step(self) -> None:
+    start = time.perf_counter()
+    arrays = next(self._batches)
+    self._clock.waited(time.perf_counter() - start)
+    self.state, fresh = self._compiled_step(self.state, put_batch(arrays, self._mesh))
+    self._settle()
+    self.step += 1
+    self._pending = fresh
+    self._clock.stepped()
+
+  def _settle(self) -> None:
+    """Reads the metrics of the last finished step, while the next one is already running, and logs them if it is time."""
+    if self._pending is None:
+      return
+    self._meter.add(jax.device_get(self._pending))
+    self._pending = None
+    if self.step % self.config.train.log_every == 0 or self.step == self.config.train.steps:
+      values = {f'train/{name}': value for name, value in (self._meter.take() | self._clock.take(self.step)).items()}
+      self._writer.write(self.step, values)
+      print(metrics.console_line(self.step, self.config.train.steps, values), flush=True)
+
+  def _evaluate(self) -> None:
+    self._settle()
+    with self._outside_training():
+      self._writer.write(self.step, self._evaluator.evaluate(self.state.evaluation_variables))
+
+  def _save(self) -> None:
+    self._settle()
+    with self._outside_training():
+      self._checkpointer.save(self.step, self.state, checkpoint_lib.RunState(
+          iterator=self._batches.state(), meter=self._meter.state(), config=dataclasses.asdict(self.config),
+          preprocessing=lightclip.preprocessing(self.config.model),
+          tokenizer=base64.b64encode(self._tokenizer.to_bytes()).decode()))
+
+  @contextlib.contextmanager
+  def _outside_training(self) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    self._clock.paused(time.perf_counter() - start)

@@ -1,0 +1,116 @@
+"""Metrics: averaged over an interval on the host, written to the console, `metrics.jsonl` and TensorBoard."""
+import json
+import math
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import tensorboardX
+
+
+class Meter:
+  """Mean of each metric since the last `take`. Its state travels in checkpoints, so that a resumed run logs the same numbers."""
+
+  def __init__(self, state: Mapping[str, Any] | None = None) -> None:
+    self._sums: dict[str, float] = dict(state['sums']) if state else {}
+    self._count: int = state['count'] if state else 0
+
+  def add(self, values: Mapping[str, float]) -> None:
+    """Adds one step's scalars."""
+    for name, value in values.items():
+      self._sums[name] = self._sums.get(name, 0.0) + float(value)
+    self._count += 1
+
+  def take(self) -> dict[str, float]:
+    """The means, and an empty meter."""
+    means = {name: total / self._count for name, total in self._sums.items()}
+    self._sums, self._count = {}, 0
+    return means
+
+  def state(self) -> dict[str, Any]:
+    """JSON-able; `Meter(state)` continues."""
+    return {'sums': dict(self._sums), 'count': self._count}
+
+
+class Clock:
+  """Training time without evaluation and saves: examples a second, share of time that waited for data, ETA."""
+
+  def __init__(self, batch_size: int, total_steps: int) -> None:
+    self._batch_size, self._total = batch_size, total_steps
+    self._start = time.perf_counter()
+    self._waited, self._paused, self._steps = 0.0, 0.0, 0
+
+  def waited(self, seconds: float) -> None:
+    """Counts time spent waiting for the next batch."""
+    self._waited += seconds
+
+  def paused(self, seconds: float) -> None:
+    """Takes time that was not training out of the account."""
+    self._paused += seconds
+
+  def stepped(self) -> None:
+    """Counts one step."""
+    self._steps += 1
+
+  def take(self, step: int) -> dict[str, float]:
+    """The rates since the last `take`."""
+    now = time.perf_counter()
+    spent = max(now - self._start - self._paused, 1e-9)
+    rate = self._steps / spent
+    out = {'examples_per_second': rate * self._batch_size, 'data_wait': self._waited / spent,
+           'eta_seconds': (self._total - step) / rate if rate else math.inf}
+    self._start, self._waited, self._paused, self._steps = now, 0.0, 0.0, 0
+    return out
+
+
+class MetricWriter:
+  """Appends to `metrics.jsonl` and TensorBoard; lines after `resume_step` (of a run that was killed) are dropped first."""
+
+  def __init__(self, workdir: pathlib.Path, resume_step: int) -> None:
+    self._path = workdir / 'metrics.jsonl'
+    if self._path.exists():
+      kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= resume_step]
+      temporary = self._path.with_suffix('.tmp')
+      temporary.write_text(''.join(line + '\n' for line in kept))
+      temporary.replace(self._path)
+    self._file = self._path.open('a', buffering=1)
+    self._board = tensorboardX.SummaryWriter(str(workdir / 'tensorboard'), purge_step=resume_step + 1)
+
+  def write(self, step: int, values: Mapping[str, float]) -> None:
+    """One line, flushed at once."""
+    self._file.write(json.dumps({'step': step, **{k: float(v) for k, v in values.items()}}) + '\n')
+    for name, value in values.items():
+      self._board.add_scalar(name, value, step)
+
+  def close(self) -> None:
+    """Flushes everything."""
+    self._file.close()
+    self._board.close()
+
+
+def _step_of(line: str) -> float:
+  try:
+    return json.loads(line)['step']
+  except (ValueError, KeyError, TypeError):
+    return math.inf  # a line cut by a crash
+
+
+def console_line(step: int, total: int, values: Mapping[str, float]) -> str:
+  """The line that a person reads during training."""
+  terms = ' '.join(f'{name.removeprefix("train/loss_")} {value:.3f}' for name, value in values.items()
+                   if name.startswith('train/loss_') and name != 'train/loss_over_log_batch')
+  return (f'step {step}/{total} ({step / total:.0%})  loss {values["train/loss"]:.3f} ({terms})  '
+          f'loss/log B {values["train/loss_over_log_batch"]:.3f}  top-1 {values["train/top1_image_to_text"]:.1%}  '
+          f'scale {values["train/logit_scale"]:.1f}  {values["train/examples_per_second"]:.0f} pairs/s  '
+          f'data wait {values["train/data_wait"]:.0%}  ETA {duration(values["train/eta_seconds"])}')
+
+
+def duration(seconds: float) -> str:
+  """Seconds as "1 h 05 min", "4 min 10 s" or "12 s"."""
+  if not math.isfinite(seconds):
+    return '?'
+  minutes, rest = divmod(round(seconds), 60)
+  if minutes >= 60:
+    return f'{minutes // 60} h {minutes % 60:02d} min'
+  return f'{minutes} min {rest:02d} s' if minutes else f'{rest} s'

@@ -1,0 +1,142 @@
+"""One training step, pure: (state, batch) -> (state, metrics). The loop only binds it to jit.
+
+Letters: B global batch, K micro-batches, S image side, W text positions, M masked positions.
+"""
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lightclip_jax import config as config_lib
+from lightclip_jax import sharding
+from lightclip_jax.models import lightclip, norm
+from lightclip_jax.objectives.objective import Objective, Scales
+from lightclip_jax.outputs import Outputs
+from lightclip_jax.training import optimizer as optimizer_lib
+from lightclip_jax.training import state as state_lib
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+  """One global batch on the devices."""
+  image: jax.Array             # uint8 [B, S, S, 3]
+  tokens: jax.Array            # int32 [B, W]
+  word_mask: jax.Array         # bool [B, W]
+  masked_tokens: jax.Array     # int32 [B, W]
+  masked_positions: jax.Array  # int32 [B, M]
+  masked_labels: jax.Array     # int32 [B, M]
+  masked_weights: jax.Array    # float32 [B, M]
+  caption_id: jax.Array        # int32 [B]
+
+
+def abstract_batch(config: config_lib.Config, mesh: jax.sharding.Mesh) -> Batch:
+  """Shapes, dtypes and shardings of a global batch, for compiling ahead of time."""
+  size, context, masked = config.model.image.size, config.model.text.context, config.data.max_masked
+  place = sharding.batch_sharding(mesh)
+
+  def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((config.train.batch_size, *shape), dtype, sharding=place)
+
+  return Batch(image=array(jnp.uint8, size, size, 3), tokens=array(jnp.int32, context), word_mask=array(jnp.bool_, context),
+               masked_tokens=array(jnp.int32, context), masked_positions=array(jnp.int32, masked),
+               masked_labels=array(jnp.int32, masked), masked_weights=array(jnp.float32, masked),
+               caption_id=array(jnp.int32))
+
+
+def put_batch(arrays: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh) -> Batch:
+  """This process's rows as its part of the global batch on the devices."""
+  place = sharding.batch_sharding(mesh)
+  return Batch(**{field.name: jax.make_array_from_process_local_data(place, arrays[field.name])
+                  for field in dataclasses.fields(Batch)})
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+  """The parts of a step that do not change during a run."""
+  config: config_lib.Config
+  mesh: jax.sharding.Mesh
+  model: lightclip.LightCLIP
+  objective: Objective
+  optimizer: optax.GradientTransformation
+
+  @classmethod
+  def create(cls, config: config_lib.Config, mesh: jax.sharding.Mesh) -> 'Trainer':
+    """Builds model, objective and optimizer from a config."""
+    objective = Objective.from_config(config.objective, mesh=mesh, axes=sharding.BATCH_AXES)
+    optimizer = optimizer_lib.make_optimizer(config.optimizer, config.train.steps)
+    return cls(config, mesh, lightclip.LightCLIP(config.model), objective, optimizer)
+
+  def init_state(self) -> state_lib.TrainState:
+    """A fresh, sharded state."""
+    return state_lib.init_state(self.config, self.optimizer, self.mesh)
+
+  def abstract_state(self) -> state_lib.TrainState:
+    """Its shapes and shardings."""
+    return state_lib.abstract_state(self.config, self.optimizer, self.mesh)
+
+  def compile_step(self) -> Any:
+    """The step, compiled ahead of time. The state's buffers are donated: the argument must not be used again."""
+    state = self.abstract_state()
+    places = jax.tree.map(lambda leaf: leaf.sharding, state)
+    step = jax.jit(self.step, donate_argnums=0, out_shardings=(places, sharding.replicated(self.mesh)))
+    return step.lower(state, abstract_batch(self.config, self.mesh)).compile()
+
+  def step(self, state: state_lib.TrainState, batch: Batch) -> tuple[state_lib.TrainState, dict[str, jax.Array]]:
+    """One update on one global batch. Metrics are float32 scalars."""
+    gradient_of = jax.value_and_grad(self.loss, has_aux=True)
+    (_, (metrics, statistics)), gradients = gradient_of(state.params, state, batch)
+    updates, optimizer_state = self.optimizer.update(gradients, state.optimizer, state.params)
+    params = optax.apply_updates(state.params, updates)
+    batch_stats = state.batch_stats
+    if batch_stats:
+      batch_stats = norm.update_running_statistics(batch_stats, statistics, self.config.model.batch_norm_momentum)
+    rate = optimizer_lib.learning_rate(self.config.optimizer, self.config.train.steps)(state.step)
+    metrics |= {'gradient_norm': optax.global_norm(gradients), 'learning_rate': rate}
+    new = state_lib.TrainState(state.step + 1, params, batch_stats, optimizer_state, self._average(state, params))
+    return new, metrics
+
+  def loss(self, params: Any, state: state_lib.TrainState, batch: Batch) -> tuple[jax.Array, tuple[Any, Any]]:
+    """The named sum over the full batch, its metrics, and the normalisation statistics of each group."""
+    outputs, statistics = self.encode(params, state, batch)
+    progress = state.step / self.config.train.steps
+    heads = params['training_only']
+    scales = Scales(lightclip.clipped_scale(params['logit_scale']), heads['logit_bias'],
+                    lightclip.clipped_scale(heads['token_logit_scale']))
+    total, metrics = self.objective(outputs, scales, batch, progress)
+    return total, (metrics | {'logit_scale': scales.logit_scale}, statistics)
+
+  def encode(self, params: Any, state: state_lib.TrainState, batch: Batch) -> tuple[Outputs, Any]:
+    """Both towers over the batch. With K micro-batches the encoders run one micro-batch at a time and are
+    rematerialised in the backward pass, while the loss still sees the full batch: gradients are exact (GradCache)."""
+    count = self.config.train.accumulate
+    index_B = jnp.arange(batch.tokens.shape[0], dtype=jnp.int32)
+    if count == 1:
+      return self._apply(params, state, batch, index_B)
+    micro = sharding.to_micro_batches((batch, index_B), count, self.mesh)
+    apply = jax.checkpoint(lambda batch, index: self._apply(params, state, batch, index))
+    _, (outputs, statistics) = jax.lax.scan(lambda carry, part: (carry, apply(*part)), None, micro)
+    statistics = jax.tree.map(lambda x_KxGxC: x_KxGxC.reshape(-1, x_KxGxC.shape[-1]), statistics)
+    return sharding.from_micro_batches(outputs, self.mesh), statistics
+
+  def _apply(self, params: Any, state: state_lib.TrainState, batch: Batch, index: jax.Array) -> tuple[Outputs, Any]:
+    dropout = jax.random.fold_in(jax.random.key(self.config.train.seed), state.step)
+    masked = {}
+    if self.objective.needs_masked_lm:
+      masked = {'masked_tokens_BxW': batch.masked_tokens, 'masked_positions_BxK': batch.masked_positions}
+    outputs, updates = self.model.apply(
+        {'params': params, 'batch_stats': state.batch_stats}, batch.image, batch.tokens, **masked,
+        token_heads=self.objective.needs_tokens, train=True, example_index_B=index,
+        rngs={'dropout': dropout}, mutable=['group_statistics'])
+    return outputs, updates.get('group_statistics', {})
+
+  def _average(self, state: state_lib.TrainState, params: Any) -> Any:
+    if state.ema is None:
+      return None
+    # The warm-up keeps the random initial parameters from weighing on short runs.
+    decay = jnp.minimum(self.config.optimizer.ema_decay, (1.0 + state.step) / (10.0 + state.step))
+    return optax.incremental_update(params, state.ema, 1.0 - decay)

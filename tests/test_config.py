@@ -1,0 +1,48 @@
+import dataclasses
+import json
+
+import pytest
+
+from lightclip_jax import config as config_lib
+from lightclip_jax.config import Config, Schedule
+from lightclip_jax.errors import UserError
+
+
+def test_config_survives_json_and_config_dict():
+  config = config_lib.replace(Config(), model=dict(image=dict(size=64)), optimizer=dict(learning_rate=3e-4))
+  assert config.model.image.size == 64 and config.model.image.name == Config().model.image.name
+  assert config_lib.from_dict(config_lib.to_config_dict(config).to_dict()) == config
+  assert config_lib.from_dict(json.loads(json.dumps(dataclasses.asdict(config)))) == config
+
+
+def test_a_number_stands_for_a_constant_schedule():
+  config = config_lib.from_dict({'objective': {'contrastive': {'alpha': 0.1}}})
+  assert config.objective.contrastive.alpha == Schedule(0.1, 0.1)
+
+
+@pytest.mark.parametrize('values, parts', [
+    ({'optimiser': {}}, ['config.optimiser', "'optimizer'"]),
+    ({'model': {'image': {'sise': 64}}}, ['config.model.image.sise', "'size'"]),
+    ({'model': {'image': {'size': 64.5}}}, ['config.model.image.size', '64.5', 'int']),
+    ({'model': {'image': {'name': 'resnet50'}}}, ['resnet50', 'resnet18']),
+    ({'data': {'crop_scale': (0.5,)}}, ['crop_scale', '1 values', '2']),
+    ({'train': {'steps': True}}, ['config.train.steps', 'True']),
+    ({'model': 3}, ['config.model', '3']),
+])
+def test_wrong_values_are_named(values, parts):
+  with pytest.raises(UserError) as error:
+    config_lib.from_dict(values)
+  assert all(part in str(error.value) for part in parts) and '\n' not in str(error.value)
+
+
+def test_unknown_override_suggests_the_nearest_key():
+  config_lib.check_key('model.image.size')
+  with pytest.raises(UserError, match="config.model.imag; did you mean 'image'"):
+    config_lib.check_key('model.imag.size')
+  with pytest.raises(UserError, match='config.train.steps.x'):
+    config_lib.check_key('train.steps.x')
+
+
+def test_replace_rejects_unknown_names():
+  with pytest.raises(UserError, match="'sizes'; did you mean 'size'"):
+    config_lib.replace(Config(), model=dict(image=dict(sizes=3)))

@@ -1,0 +1,53 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from lightclip_jax import config as config_lib
+from lightclip_jax import sharding
+from lightclip_jax.errors import UserError
+from lightclip_jax.sharding import Rule
+
+
+def mesh_of(**sizes):
+  return sharding.make_mesh(config_lib.Mesh(**sizes))
+
+
+def test_mesh_fills_what_is_left():
+  assert dict(mesh_of().shape) == {'data': 8, 'fsdp': 1, 'tensor': 1}
+  assert dict(mesh_of(data=-1, fsdp=2, tensor=2).shape) == {'data': 2, 'fsdp': 2, 'tensor': 2}
+  assert sharding.batch_shards(mesh_of(fsdp=2, tensor=2)) == 4
+
+
+@pytest.mark.parametrize('sizes, part', [(dict(data=3), '8 devices'), (dict(data=-1, fsdp=-1), 'one alone'),
+                                         (dict(data=-1, fsdp=3), '8 devices'), (dict(data=0), 'at least 1')])
+def test_mesh_that_does_not_fit(sizes, part):
+  with pytest.raises(UserError, match=part):
+    mesh_of(**sizes)
+
+
+def test_rules_are_tried_in_order_and_must_cover():
+  tree = {'text': {'embedding': jnp.zeros((16, 4)), 'bias': jnp.zeros(3)}, 'scale': jnp.zeros(())}
+  rules = (Rule('embedding$', ('tensor',)), Rule('.*'))
+  placed = sharding.tree_shardings(tree, mesh_of(tensor=2), rules)
+  assert placed['text']['embedding'].spec == PartitionSpec('tensor')
+  assert placed['text']['bias'].spec == PartitionSpec() == placed['scale'].spec
+  with pytest.raises(UserError, match="text/bias.*\\(3,\\)"):
+    sharding.tree_shardings(tree, mesh_of(), rules[:1])
+  with pytest.raises(UserError, match='3 of .*bias.*tensor=2'):
+    sharding.tree_shardings(tree, mesh_of(tensor=2), (Rule('.*', ('tensor',)),))
+
+
+@pytest.mark.parametrize('count', [1, 2, 4])
+def test_micro_batches_keep_runs_and_move_nothing(count):
+  mesh = mesh_of()
+  x = jax.device_put(jnp.arange(64 * 3).reshape(64, 3), sharding.batch_sharding(mesh))
+  split = jax.jit(lambda x: sharding.to_micro_batches(x, count, mesh))
+  back = jax.jit(lambda x: sharding.from_micro_batches(sharding.to_micro_batches(x, count, mesh), mesh))
+  assert split(x).shape == (count, 64 // count, 3)
+  runs = np.asarray(split(x))[:, :, 0].reshape(-1, 64 // count // 8) // 3
+  assert (np.diff(runs, axis=1) == 1).all(), 'a device must cut its share into contiguous runs'
+  np.testing.assert_array_equal(back(x), x)
+  hlo = split.lower(x).compile().as_text()
+  assert not any(name in hlo for name in ('all-gather', 'all-to-all', 'collective-permute', 'all-reduce'))
