@@ -101,17 +101,18 @@ def _facts(log: Log, config: Config) -> list[tuple[str, str]]:
 
 
 def _tables(results: Sequence[Metric]) -> list[dict[str, Any]]:
-  """One table a split; a row knows its metric, its title and, in per cent of the bar's length, where its marks stand."""
-  by_split = collections.defaultdict(list)
-  for metric in results:
-    split, name = metric.name.split('/')[-2:]
-    if name in ACCURACIES:
-      top = 1.12 * max(metric.interval[1], metric.chance, *(value for _, value in metric.anchors), 1e-9)
-      places = {key: 100 * value / top for key, value in
-                [('value', metric.value), ('low', metric.interval[0]), ('high', metric.interval[1]), ('chance', metric.chance)]}
-      anchors = [(what, value, 100 * value / top) for what, value in metric.anchors]
-      by_split[split].append({'metric': metric, 'title': ACCURACIES[name], 'at': places, 'anchors': anchors})
-  return [{'title': _title(split), 'rows': rows} for split, rows in by_split.items()]
+  """One table a split. A row's bar and marks are in per cent of the bar; a metric has the same scale in all tables."""
+  shown = [(*metric.name.split('/')[-2:], metric) for metric in results if metric.name.split('/')[-1] in ACCURACIES]
+  top: dict[str, float] = collections.defaultdict(float)
+  for _, name, metric in shown:
+    top[name] = max(top[name], 1.1 * max(metric.interval[1], metric.chance, *(value for _, value in metric.anchors), 0))
+  tables: dict[str, list[dict[str, Any]]] = collections.defaultdict(list)
+  for split, name, metric in shown:
+    marks = {'value': metric.value, 'low': metric.interval[0], 'high': metric.interval[1], 'chance': metric.chance}
+    tables[split].append({
+      'metric': metric, 'title': ACCURACIES[name], 'at': {key: 100 * mark / top[name] for key, mark in marks.items()},
+      'anchors': [(what, value, 100 * value / top[name]) for what, value in metric.anchors]})
+  return [{'title': _title(split), 'rows': rows} for split, rows in tables.items()]
 
 
 def _train_charts(log: Log, names: dict[str, str], config: Config) -> list[tuple[str, str, Markup]]:
@@ -163,8 +164,7 @@ def _data_url(image: np.ndarray) -> str:
 
 
 def _overlay(heat_GxG: np.ndarray) -> str:
-  """A veil over the image that opens where the heat is: one pixel a patch, which the browser enlarges smoothly."""
-  share = heat_GxG / max(float(heat_GxG.max()), 1e-12)
-  colour = np.array([255, 94, 30]) * share[..., None] + np.array([24, 26, 34]) * (1 - share[..., None])
-  alpha = 190 - 80 * share
-  return _data_url(np.concatenate([colour, alpha[..., None]], axis=2).round().astype(np.uint8))
+  """White over the cold and magenta over the hot parts: one pixel a patch, which the browser enlarges smoothly."""
+  share = (heat_GxG / max(float(heat_GxG.max()), 1e-12))[..., None]
+  colour = np.array([255, 255, 255]) * (1 - share) + np.array([208, 0, 120]) * share
+  return _data_url(np.concatenate([colour, 110 + 90 * share], axis=2).round().astype(np.uint8))

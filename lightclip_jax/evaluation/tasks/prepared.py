@@ -34,10 +34,8 @@ def _classification(session, split, kind, classes, labels, top) -> list[Metric]:
   number = {name: i for i, name in enumerate(classes)}
   result = zero_shot(session.images(split), class_embeddings(session.texts, classes, prompts.templates('name')),
                      np.array([number[label] for label in labels]), top=top)
-  shares = {f'{kind}_top{k}': (share, min(1.0, k / len(classes))) for k, share in result.top.items()}
-  shares[f'{kind}_mean_per_class'] = result.mean_per_class, 1 / len(classes)
-  return [Metric(f'eval/{split}/{name}', value, result.count, chance,
-                 ANCHORS.get((session.manifest.name, split, name), ())) for name, (value, chance) in shares.items()]
+  return [Metric(f'eval/{split}/{kind}_top{k}', share, result.count, min(1.0, k / len(classes)),
+                 ANCHORS.get((session.manifest.name, split, f'{kind}_top{k}'), ())) for k, share in result.top.items()]
 
 
 def _retrieval(session, split, captions) -> list[Metric]:
