@@ -42,10 +42,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
   parser = argparse.ArgumentParser(prog='python -m lightclip_jax.prepare', description=__doc__, epilog=_EXAMPLE)
   kinds = parser.add_subparsers(dest='kind', required=True, metavar='KIND', help=', '.join(KINDS))
   for kind, (add_flags, _) in KINDS.items():
-    flags = kinds.add_parser(kind, epilog=_EXAMPLE)
+    add_flags(flags := kinds.add_parser(kind, epilog=_EXAMPLE))
     flags.add_argument('--out', type=pathlib.Path, required=True, metavar='DIR', help='a new folder')
     flags.add_argument('--debug', action='store_true', help='show the traceback of an error')
-    add_flags(flags)
   return parser.parse_args(arguments)
 
 
