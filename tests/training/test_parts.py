@@ -53,9 +53,9 @@ def test_durations():
 @pytest.mark.parametrize('changes, shards, parts', [
     (dict(train=dict(batch_size=60)), 8, ['train.batch_size', '60', '8']),
     (dict(train=dict(batch_size=64, accumulate=3)), 1, ['64', 'accumulate 3']),
-    (dict(model=dict(batch_norm='group:16')), 8, ['model.batch_norm', '16', '8']),
+    (dict(model=dict(batch_norm='group:32')), 8, ['model.batch_norm', '32', '16']),
     (dict(model=dict(batch_norm='batch')), 1, ["'batch'", 'group:N']),
-    (dict(objective=dict(token_matching=dict(group_size=3))), 1, ['group_size', '3', '64']),
+    (dict(objective=dict(token_matching=dict(group_size=3))), 1, ['group_size', '3', '128']),
 ])
 def test_batches_that_do_not_divide(changes, shards, parts):
   with pytest.raises(UserError) as error:

@@ -59,7 +59,7 @@ def test_overfits_one_batch():
   config = config_lib.from_dict(dataclasses.asdict(config))
   trainer = Trainer.create(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
   arrays, _ = random_batch(trainer.mesh)
-  batch = put_batch(arrays | {'caption_id': np.arange(64, dtype=np.int32)}, trainer.mesh)
+  batch = put_batch(arrays | {'caption_id': np.arange(128, dtype=np.int32)}, trainer.mesh)
   step, state = trainer.compile_step(), trainer.init_state()
   first = None
   for _ in range(config.train.steps):
