@@ -55,7 +55,8 @@ class PlainNorm(nn.Module):
     return {'relu6': nn.relu6, 'relu': nn.relu, None: lambda x: x}[self.activation](x)
 
 
-def steps(image: config.ImageTower, batch: int, plain: bool, dtype: str) -> dict[str, Callable[[], Any]]:
+def steps(image: config.ImageTower, batch: int, plain: bool, dtype: str,
+          names: tuple[str, ...] = ('forward', 'forward_backward')) -> dict[str, Callable[[], Any]]:
   """Compiled forward and forward+backward calls of the tower."""
   norm_layer = PlainNorm if plain else functools.partial(norm.BatchNorm, policy='global')
   x = jax.random.normal(jax.random.key(0), (batch, image.size, image.size, 3), dtype)
@@ -71,7 +72,7 @@ def steps(image: config.ImageTower, batch: int, plain: bool, dtype: str) -> dict
 
     step = jax.value_and_grad(forward, has_aux=True)
     compiled = {name: jax.jit(f).lower(variables['params']).compile()
-                for name, f in {'forward': forward, 'forward_backward': step}.items()}
+                for name, f in {'forward': forward, 'forward_backward': step}.items() if name in names}
   return {name: functools.partial(f, variables['params']) for name, f in compiled.items()}
 
 

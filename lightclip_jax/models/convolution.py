@@ -3,6 +3,8 @@
 Letters: B batch, H height, W width, C input channels, D output channels.
 """
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +18,18 @@ def conv(x_BxHxWxC: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
   """A convolution padded by k // 2 on every side. kernel [k, k, C, D] -> [B, ⌈H/stride⌉, ⌈W/stride⌉, D] for odd k."""
   size = kernel.shape[0]
   if size == 1:
-    return x_BxHxWxC[:, ::stride, ::stride] @ kernel[0, 0]
+    x_BxHxWxC = x_BxHxWxC[:, ::stride, ::stride]
+    return dense(x_BxHxWxC, kernel[0, 0])
   return lax.conv_general_dilated(x_BxHxWxC, kernel, (stride, stride), [(size // 2, size // 2)] * 2,
                                   dimension_numbers=_LAYOUT)
+
+
+def dense(x: jax.Array, kernel_CxD: jax.Array) -> jax.Array:
+  """x [B, ..., C] times the kernel, as a product of two matrices.
+
+  With more axes XLA:CPU transposes copies of x and of the gradient for the kernel's gradient.
+  """
+  return (x.reshape(-1, x.shape[-1]) @ kernel_CxD).reshape(*x.shape[:-1], -1)
 
 
 def depthwise_conv(x_BxHxWxC: jax.Array, kernel_3x3x1xC: jax.Array, stride: int) -> jax.Array:
@@ -39,10 +50,7 @@ def grouped_conv(x_BxHxWxC: jax.Array, kernel_3x3x1xC: jax.Array, stride: int) -
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def shifted_conv(x_BxHxWxC: jax.Array, kernel_3x3x1xC: jax.Array, stride: int) -> jax.Array:
   """The depthwise convolution as a sum of nine shifted products, with a weight gradient that XLA:CPU vectorises."""
-  height, width = x_BxHxWxC.shape[1:3]
-  padded = _pad(x_BxHxWxC)
-  return sum(padded[:, i:i + height:stride, j:j + width:stride] * kernel_3x3x1xC[None, i:i + 1, j:j + 1, 0]
-             for i, j in _TAPS)
+  return _unfused(lambda x, kernel: _shifted_sum(x, kernel, stride), kernel_3x3x1xC, x_BxHxWxC, kernel_3x3x1xC)
 
 
 def _shifted_conv_forward(x: jax.Array, kernel: jax.Array, stride: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -51,9 +59,31 @@ def _shifted_conv_forward(x: jax.Array, kernel: jax.Array, stride: int) -> tuple
 
 def _shifted_conv_backward(stride: int, residuals: tuple[jax.Array, jax.Array],
                            gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-  x, kernel = residuals
-  dx, = jax.vjp(lambda x: shifted_conv.fun(x, kernel, stride), x)[1](gradient)
-  return dx, _kernel_gradient(x, gradient, stride).astype(kernel.dtype)
+  def backward(x: jax.Array, kernel: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    dx, = jax.vjp(lambda x: _shifted_sum(x, kernel, stride), x)[1](gradient)
+    return dx, _kernel_gradient(x, gradient, stride).astype(kernel.dtype)
+
+  return _unfused(backward, residuals[1], *residuals, gradient)
+
+
+def _shifted_sum(x_BxHxWxC: jax.Array, kernel_3x3x1xC: jax.Array, stride: int) -> jax.Array:
+  height, width = x_BxHxWxC.shape[1:3]
+  padded = _pad(x_BxHxWxC)
+  return sum(padded[:, i:i + height:stride, j:j + width:stride] * kernel_3x3x1xC[None, i:i + 1, j:j + 1, 0]
+             for i, j in _TAPS)
+
+
+def _unfused(function: Callable[..., Any], number: jax.Array, *operands: jax.Array) -> Any:
+  """function(*operands), which XLA:CPU computes once and stores.
+
+  It would otherwise copy these cheap but long expressions into every loop that reads them: the backward pass of one
+  block then computed its forward convolution 81 times an element. An optimization barrier does not help, since XLA:CPU
+  removes it before it fuses; a branch that depends on a value does. The other branch, for a `number` that is not
+  finite, gives what comes out then anyway.
+  """
+  shapes = jax.eval_shape(function, *operands)
+  return lax.cond(number[0, 0, 0, 0] < jnp.inf, function,
+                  lambda *_: jax.tree.map(lambda s: jnp.full(s.shape, jnp.nan, s.dtype), shapes), *operands)
 
 
 shifted_conv.defvjp(_shifted_conv_forward, _shifted_conv_backward)
