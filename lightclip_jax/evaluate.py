@@ -1,5 +1,6 @@
 """Evaluates a checkpoint: python -m lightclip_jax.evaluate --checkpoint=DIR [--task=NAME ...] --out=FILE.json"""
 import argparse
+import pathlib
 import sys
 
 from lightclip_jax import cli
@@ -25,19 +26,20 @@ def main(args: argparse.Namespace) -> None:
   from lightclip_jax.data import datasets
   from lightclip_jax.evaluation import evaluate, metrics, tasks
   from lightclip_jax.evaluation.embed import Embedder
+  from lightclip_jax.inference import checkpoint
   from lightclip_jax.models.lightclip import LightCLIP
-  from lightclip_jax.training.checkpoint import load_for_inference
 
   for name in args.task:
     tasks.find(name)                     # a wrong name must not wait for the checkpoint to load
-  config, variables, tokenizer = load_for_inference(args.checkpoint)
-  embedder = Embedder(LightCLIP(config.model), config.model, variables, tokenizer,
+  loaded = checkpoint.load(pathlib.Path(args.checkpoint))
+  config = loaded.config
+  embedder = Embedder(LightCLIP(config.model), config.model, loaded.variables, loaded.tokenizer,
                       batch_size=args.batch_size or config.evaluation.batch_size)
   folder = args.data or datasets.resolve(config.data.dataset)
   run = evaluate.evaluate_tasks if args.task else evaluate.evaluate_all
   results = run(embedder, folder, args.task or config.evaluation.splits)
   print(metrics.format_table(results))
-  evaluate.write_json(args.out, results, checkpoint=args.checkpoint)
+  evaluate.write_json(args.out, results, checkpoint=args.checkpoint, step=loaded.step)
 
 
 if __name__ == '__main__':
