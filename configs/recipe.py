@@ -1,8 +1,67 @@
-"""The recipe that all towers share: `get(variant, tower)` gives the config of one of the variants below.
+"""The recipe that all towers share. A config file names its tower; `get` builds one of its variants.
 
-quickstart  emoji, 2 CPU cores, minutes
-emoji       emoji, one GPU (the default)
-icons       the large icon set, one GPU
-cc3m        CC3M, a v5e-8 or one GPU node
-yfcc15m     YFCC15M, a v5e-256 pod
+quickstart  emoji at 64 px, 2 CPU cores, minutes
+emoji       emoji at 128 px, one GPU (the default)
+icons       the large icon set at 128 px, one GPU
+cc3m        CC3M at 224 px, one node of 8 accelerators
+yfcc15m     YFCC15M at 224 px, a v5e 16×16 pod
 """
+from typing import Any
+
+from lightclip_jax.config import Config, Schedule, replace
+from lightclip_jax.errors import UserError
+
+
+def get(variant: str, image: dict[str, Any], **changes: dict[str, Any]) -> Config:
+  """The config of a variant for an image tower.
+
+  Args:
+    variant: one of the names above.
+    image: options of `config.ImageTower` that make the tower.
+    **changes: variant -> the tower's own changes to it, nested as in `config.replace`.
+
+  Raises:
+    UserError: for a variant that does not exist.
+  """
+  if variant not in VARIANTS:
+    raise UserError(f'unknown variant {variant!r}; there are: {", ".join(VARIANTS)}')
+  config = replace(VARIANTS[variant], name=f'{image["name"]}-{variant}', model=dict(image=image))
+  return replace(config, **changes.get(variant, {}))
+
+
+QUICKSTART = replace(
+    Config(),
+    model=dict(embed_dim=256, token_dim=64, batch_norm='group:32', image=dict(size=64),
+               text=dict(width=192, heads=4, depth=3, context=16, vocab_size=3072),
+               fusion=dict(stages=((3, 1), (4, 2)), heads=4)),
+    data=dict(max_masked=3, first_caption=0.5),
+    objective=dict(token_matching=dict(group_size=8)),
+    train=dict(steps=1000, batch_size=128, log_every=20),
+    checkpoint=dict(every_steps=500, every_minutes=3.0),
+    evaluation=dict(every_steps=250))
+
+EMOJI = replace(
+    Config(),
+    model=dict(image=dict(size=128), compute_dtype='bfloat16',
+               text=dict(width=256, heads=4, depth=4, context=24, vocab_size=3072),
+               fusion=dict(stages=((2, 1), (3, 2), (4, 3)), heads=4)),
+    data=dict(max_masked=4, first_caption=0.3, color_jitter=0.4),
+    train=dict(steps=8000, batch_size=1024),
+    optimizer=dict(ema_decay=0.999),
+    evaluation=dict(every_steps=500))
+
+ICONS = replace(EMOJI, data=dict(dataset='icons'), train=dict(steps=40_000, batch_size=2048),
+                model=dict(text=dict(vocab_size=8192)))
+
+WEB = replace(
+    Config(),
+    model=dict(compute_dtype='bfloat16', text=dict(vocab_size=32_768)),
+    data=dict(max_masked=12),
+    objective=dict(contrastive=dict(alpha=Schedule(0.0, 0.1), duplicates='positive')))
+
+CC3M = replace(WEB, data=dict(dataset='cc3m'), train=dict(steps=45_000, batch_size=2048))
+
+YFCC15M = replace(WEB, data=dict(dataset='yfcc15m'), train=dict(steps=15_000, batch_size=32_768),
+                  model=dict(batch_norm='group:128'), optimizer=dict(warmup_fraction=0.1, weight_decay=0.2))
+
+VARIANTS = {'quickstart': QUICKSTART, 'emoji': EMOJI, 'icons': ICONS, 'cc3m': CC3M, 'yfcc15m': YFCC15M}

@@ -47,4 +47,4 @@ def main() -> int:
 
 
 if __name__ == '__main__':
-  cli.run(main, debug='--debug' in sys.argv)
+  sys.exit(cli.run(main, debug='--debug' in sys.argv))

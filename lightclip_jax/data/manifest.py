@@ -52,12 +52,13 @@ def load(folder: str | pathlib.Path) -> Manifest:
   folder = pathlib.Path(folder)
   file = folder / FILE_NAME
   if not file.is_file():
-    what = 'is not a folder' if not folder.is_dir() else 'is empty' if not any(folder.iterdir()) else f'has no {FILE_NAME}'
+    what = ('is not a folder' if not folder.is_dir() else
+            f'has no {FILE_NAME}' if any(folder.iterdir()) else 'is empty')
     raise UserError(f'data folder {str(folder)!r} {what}; make one with: python -m lightclip_jax.prepare')
   try:
     values = json.loads(file.read_text(encoding='utf-8'))
     if values['format'] != FORMAT:
-      raise UserError(f'{file} has format {values["format"]!r}; this version reads {FORMAT}: prepare the data set again')
+      raise UserError(f'{file} has format {values["format"]!r}; this version reads {FORMAT}: prepare it again')
     return _from_json(values)
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     if isinstance(error, UserError):
@@ -67,4 +68,5 @@ def load(folder: str | pathlib.Path) -> Manifest:
 
 def _from_json(values: dict[str, Any]) -> Manifest:
   splits = {name: Split(tuple(s['shards']), s['count']) for name, s in values['splits'].items()}
-  return Manifest(**{**values, 'splits': splits, 'concepts': tuple(values['concepts']), 'groups': tuple(values['groups'])})
+  names = {key: tuple(values[key]) for key in ('concepts', 'groups')}
+  return Manifest(**{**values, **names, 'splits': splits})

@@ -1,8 +1,8 @@
 """Records to batches (Grain): a global shuffle without epoch boundaries, the same on any number of workers and hosts.
 
 Example n of the global order is record `shuffle(n)`; batch m is examples [m B, (m + 1) B), of which host h takes its
-contiguous share. All that is random in an example follows from (seed, record, epoch), so the whole state is the number of
-the next batch.
+contiguous share. All that is random in an example follows from (seed, record, epoch), so the whole state is the number
+of the next batch.
 
 Letters: B global batch, b batch of this host, S image size, W text positions, K masked positions.
 """
@@ -119,8 +119,7 @@ def _start_worker(parent: int, worker: int, workers: int) -> None:
 def worker_count(workers: int) -> int:
   """Decoding processes for `data.workers`; 0 means threads.
 
-  -1: threads on up to 4 cores (decoding and resizing release the GIL, and 2 cores decode some 1,500 small images a second
-  so), else all cores but one, 16 at most.
+  -1: threads on up to 4 cores (decoding and resizing release the GIL), else all cores but one, 16 at most.
   """
   cores = os.cpu_count() or 1
   return workers if workers >= 0 else 0 if cores <= 4 else min(16, cores - 1)
@@ -212,7 +211,7 @@ def evaluation_batches(folder: str | pathlib.Path, split: str, *, image_size: in
   """All images of a split once, over all hosts together, in order.
 
   Yields:
-    `image` uint8 [b, S, S, 3] and `index` int64 [b], the record's index in the split; -1 where the last batch is padded.
+    `image` uint8 [b, S, S, 3] and `index` int64 [b], the record's index in the split; -1 where a batch is padded.
     Every host yields the same number of batches.
   """
   if batch_size < 1 or batch_size % process_count:

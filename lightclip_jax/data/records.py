@@ -8,7 +8,7 @@ from lightclip_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-  """An encoded image and what is known about it. `captions[0]` is the concept's name; fields without a meaning are ''."""
+  """An encoded image and what is known about it; `captions[0]` is the concept's name, fields without meaning are ''."""
   key: str                     # unique in its data set
   image: bytes                 # an encoded image file (WebP, PNG, JPEG, ...)
   captions: tuple[str, ...]

@@ -77,7 +77,7 @@ def color_jitter(image_HxWx3: np.ndarray, rng: np.random.Generator, strength: fl
 
 
 def evaluation_transform(image_HxWx3: np.ndarray, size: int) -> np.ndarray:
-  """OpenAI CLIP's: the shorter side resized to `size` (bicubic, with antialiasing), then the centre; uint8 [S, S, 3]."""
+  """OpenAI CLIP's: the shorter side resized to `size` (bicubic, antialiased), then the centre; uint8 [S, S, 3]."""
   height, width = image_HxWx3.shape[:2]
   if (height, width) != (size, size):
     # torchvision's Resize, which CLIP uses, rounds the longer side down.

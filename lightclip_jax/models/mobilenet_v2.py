@@ -33,9 +33,9 @@ class InvertedResidual(nn.Module):
     x, channels = x_BxHxWxC, x_BxHxWxC.shape[-1]
     if self.expansion != 1:
       x = layers.Conv(channels * self.expansion, 1, name='expand')(x)
-      x = nn.relu6(self.norm(name='expand_norm')(x, train))
+      x = self.norm(activation='relu6', name='expand_norm')(x, train)
     x = layers.DepthwiseConv(self.stride, name='depthwise')(x)
-    x = nn.relu6(self.norm(name='depthwise_norm')(x, train))
+    x = self.norm(activation='relu6', name='depthwise_norm')(x, train)
     x = self.norm(name='project_norm')(layers.Conv(self.features, 1, name='project')(x), train)
     return x + x_BxHxWxC if self.stride == 1 and channels == self.features else x
 
@@ -51,7 +51,7 @@ class MobileNetV2(nn.Module):
     del example_index_B   # no dropout in this tower
     scaled = functools.partial(lambda channels: round_channels(channels * self.width))
     x = layers.Conv(scaled(32), 3, self.stem_stride, name='stem')(x_BxHxWx3)
-    x = nn.relu6(self.norm(name='stem_norm')(x, train))
+    x = self.norm(activation='relu6', name='stem_norm')(x, train)
     maps = []
     for s, (expansion, channels, blocks, stride) in enumerate(STAGES):
       for b in range(blocks):
@@ -59,7 +59,7 @@ class MobileNetV2(nn.Module):
       if s in MAPS_AFTER:
         maps.append(x)
     x = layers.Conv(max(1280, scaled(1280)), 1, name='head')(x)
-    x = nn.relu6(self.norm(name='head_norm')(x, train))
+    x = self.norm(activation='relu6', name='head_norm')(x, train)
     return layers.ImageFeatures(x.mean((1, 2)), x, tuple(maps))
 
 

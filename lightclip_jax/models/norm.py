@@ -3,7 +3,7 @@
 Letters: B batch, G groups, N examples of a group, H height, W width, C channels.
 """
 import math
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from flax import linen as nn
 from lightclip_jax.errors import UserError
 
 STATISTICS = 'group_statistics'
+ACTIVATIONS = {None: lambda x: x, 'relu': jax.nn.relu, 'relu6': jax.nn.relu6}
 
 
 def group_count(policy: str, batch: int, local_groups: int = 1) -> int:
@@ -49,6 +50,7 @@ class BatchNorm(nn.Module):
   policy: str = 'group:64'
   local_groups: int = 1
   epsilon: float = 1e-5
+  activation: Literal['relu', 'relu6'] | None = None
   scale_init: nn.initializers.Initializer = nn.initializers.ones
 
   @nn.compact
@@ -60,13 +62,13 @@ class BatchNorm(nn.Module):
     scale_C = self.param('scale', self.scale_init, (channels,))
     bias_C = self.param('bias', nn.initializers.zeros, (channels,))
     if not train:
-      return _affine(x_BxHxWxC, mean_C.value, var_C.value, scale_C, bias_C, self.epsilon)
+      return _affine(x_BxHxWxC, mean_C.value, var_C.value, scale_C, bias_C, self.epsilon, self.activation)
     groups = group_count(self.policy, x_BxHxWxC.shape[0], self.local_groups)
     x_GxNxHxWxC = x_BxHxWxC.reshape(groups, -1, *x_BxHxWxC.shape[1:])
     mean_GxC, var_GxC = _moments(x_GxNxHxWxC)
     self._sow('mean', mean_GxC)
     self._sow('var', var_GxC)
-    return _affine(x_GxNxHxWxC, mean_GxC, var_GxC, scale_C[None], bias_C[None], self.epsilon).reshape(x_BxHxWxC.shape)
+    return _affine(x_GxNxHxWxC, mean_GxC, var_GxC, scale_C[None], bias_C[None], self.epsilon, self.activation).reshape(x_BxHxWxC.shape)
 
   def _sow(self, name: str, value_GxC: jax.Array) -> None:
     self.sow(STATISTICS, name, jax.lax.stop_gradient(value_GxC), reduce_fn=lambda _, new: new, init_fn=lambda: None)
@@ -80,12 +82,17 @@ def _moments(x_GxNxHxWxC: jax.Array) -> tuple[jax.Array, jax.Array]:
   return mean_GxC, jnp.maximum(jnp.mean(x * x, axes) - mean_GxC * mean_GxC, 0.0)
 
 
-def _affine(x: jax.Array, mean: jax.Array, var: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
-  """(x − mean) / √(var + ε) · scale + bias as one multiply-add; statistics [C] for x [B, H, W, C], or [G, C] with G."""
+def _affine(x: jax.Array, mean: jax.Array, var: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float,
+            activation: str | None) -> jax.Array:
+  """(x − mean) / √(var + ε) · scale + bias as one multiply-add, then the activation; the output has the dtype of x.
+
+  Statistics are [C] for x [B, H, W, C], or [G, C] for x [G, N, H, W, C].
+  """
   factor = scale * jax.lax.rsqrt(var + epsilon)
   offset = bias - mean * factor
   shape = (*factor.shape[:-1], *(1,) * (x.ndim - factor.ndim), factor.shape[-1])
-  return (x.astype(jnp.float32) * factor.reshape(shape) + offset.reshape(shape)).astype(x.dtype)
+  y = x.astype(jnp.float32) * factor.reshape(shape) + offset.reshape(shape)
+  return ACTIVATIONS[activation](y).astype(x.dtype)
 
 
 def update_running_statistics(batch_stats: Any, group_statistics: Any, momentum: float) -> Any:

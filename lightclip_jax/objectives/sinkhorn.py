@@ -1,8 +1,14 @@
-"""Relaxed one-to-one matching: entropic optimal transport in the log domain (docs/OBJECTIVES.md, 2).
+"""Relaxed one-to-one matching by entropic optimal transport (docs/OBJECTIVES.md, 2).
 
-Letters: N rows, M columns of one cost matrix.
+Letters: N rows, M columns of one cost matrix, n and m the same with one slack item more, x leading axes.
+
+Plain alternating updates are far from converged after 20 iterations at epsilon 0.05 (a mean of 4 % of the mass is
+misplaced for 16 words and 16 patches). Three cheap measures bring that to 0.2 %: the temperature falls to epsilon by
+halves, each update overshoots by half, and the plan is rounded to exact marginals at the end.
 """
 import functools
+import math
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -10,7 +16,11 @@ import jax.numpy as jnp
 
 from lightclip_jax.errors import UserError
 
-_NEVER = -1e30   # stands for -inf where inf - inf would be NaN
+_NEVER = -1e30          # stands for -inf where inf - inf would be NaN
+_START = 0.2            # first temperature: a tenth of the largest cost of unit vectors
+_OVERSHOOT = 0.5        # over-relaxation of each update; 0 is none, 1 diverges
+_FAR = 4.0              # largest step of a potential that overshoots in full, so that far from the end none overflows
+_SAFE_EXPONENT = 21.0   # K = exp(±21) and potentials as large stay within float32 in any product
 
 
 def sinkhorn_plan(cost_xNxM: jax.Array, row_mask_xN: jax.Array, col_mask_xM: jax.Array, *, epsilon: float = 0.05,
@@ -31,9 +41,9 @@ def sinkhorn_plan(cost_xNxM: jax.Array, row_mask_xN: jax.Array, col_mask_xM: jax
     float32 [..., N, M], zero where masked; all zero when a side has no valid item.
 
   Raises:
-    UserError: for shapes that do not fit or an unknown `gradient`.
+    UserError: for shapes that do not fit, an unknown `gradient`, or epsilon or num_iterations that is not positive.
   """
-  _check(cost_xNxM, row_mask_xN, col_mask_xM, gradient)
+  _check(cost_xNxM, row_mask_xN, col_mask_xM, gradient, epsilon, num_iterations)
   cost = cost_xNxM.astype(jnp.float32)
   if gradient == 'envelope':
     cost = jax.lax.stop_gradient(cost)
@@ -42,37 +52,111 @@ def sinkhorn_plan(cost_xNxM: jax.Array, row_mask_xN: jax.Array, col_mask_xM: jax
   return _solve(cost, rows, cols, epsilon, num_iterations)
 
 
-def _check(cost: jax.Array, rows: jax.Array, cols: jax.Array, gradient: str) -> None:
+def _check(cost: jax.Array, rows: jax.Array, cols: jax.Array, gradient: str, epsilon: float,
+           num_iterations: int) -> None:
   if jnp.ndim(cost) < 2 or jnp.shape(rows)[-1:] != cost.shape[-2:-1] or jnp.shape(cols)[-1:] != cost.shape[-1:]:
     raise UserError(f'cost {jnp.shape(cost)} needs masks of its last two axes; '
                     f'row_mask has {jnp.shape(rows)}, col_mask {jnp.shape(cols)}')
   if gradient not in ('envelope', 'unroll'):
     raise UserError(f"gradient is {gradient!r}; it can be one of 'envelope', 'unroll'")
+  if not (epsilon > 0 and num_iterations >= 1):
+    raise UserError(f'epsilon={epsilon}, num_iterations={num_iterations}; both must be positive')
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
-def _solve(cost: jax.Array, rows: jax.Array, cols: jax.Array, epsilon: float, num_iterations: int) -> jax.Array:
-  n, m = (jnp.sum(x, -1, dtype=jnp.float32)[..., None] for x in (rows, cols))
-  valid = rows[..., :, None] & cols[..., None, :]
-  logits = jnp.where(valid, -cost / epsilon, _NEVER)
-  spare = [jnp.where(x > 0, jnp.log(jnp.maximum(x, 1.0)), _NEVER) for x in (n - m, m - n)]   # mass of slack column, row
-  lse = jax.nn.logsumexp
+def _solve(cost_xNxM: jax.Array, rows_xN: jax.Array, cols_xM: jax.Array, epsilon: float,
+           num_iterations: int) -> jax.Array:
+  """The plan; in products of exp(-cost / epsilon) where float32 can hold them, else by log-sum-exp."""
+  valid = rows_xN[..., :, None] & cols_xM[..., None, :]
+  low, high = (jnp.nan_to_num(f(jnp.where(valid, cost_xNxM, worst), axis=(-1, -2), keepdims=True), posinf=0, neginf=0)
+               for f, worst in ((jnp.min, jnp.inf), (jnp.max, -jnp.inf)))
+  gain_xNxM = jnp.where(valid, (low + high) / 2 - cost_xNxM, 0.0)
+  n, m = (jnp.sum(x, -1, dtype=jnp.float32)[..., None] for x in (rows_xN, cols_xM))
+  rows_first = (n > m) | ((n == m) & (_spread(gain_xNxM, -1) >= _spread(gain_xNxM, -2)))
+  gain_xnxm, valid_xnxm = _with_slack(gain_xNxM, 0.0), _with_slack(valid, False)
+  valid_xnxm = valid_xnxm.at[..., :-1, -1].set(rows_xN & (n > m)).at[..., -1, :-1].set(cols_xM & (m > n))
+  masses = tuple(jnp.concatenate([x.astype(jnp.float32), jnp.maximum(spare, 0)], -1)
+                 for x, spare in ((rows_xN, m - n), (cols_xM, n - m)))
 
-  def update(mask: jax.Array, logits: jax.Array, other: jax.Array, other_slack: jax.Array, spare: jax.Array):
-    """Potentials of one side and its slack item, so that its sums are right; logits are [..., this, other]."""
-    new = -jnp.logaddexp(lse(logits + other[..., None, :], axis=-1), other_slack)
-    slack = spare - lse(jnp.where(mask_other(mask), other, _NEVER), axis=-1, keepdims=True)
-    return jnp.where(mask, new, 0.0), jnp.maximum(slack, _NEVER)
+  def solve(domain: Callable[..., tuple[Callable, Callable]]) -> Callable[[], jax.Array]:
+    return lambda: _potentials(domain, gain_xnxm, valid_xnxm, masses, rows_first, epsilon, num_iterations)
 
-  mask_other = lambda mask: cols if mask is rows else rows  # noqa: E731
-  transposed = jnp.swapaxes(logits, -1, -2)
+  reach = jnp.max(high - low, initial=0.0) / (2 * epsilon)
+  if 1 / epsilon > _SAFE_EXPONENT:   # half the range of the cosines' costs, [0, 2]
+    f, g = solve(_log_domain)()
+  else:
+    f, g = jax.lax.cond(reach <= _SAFE_EXPONENT, solve(_exp_domain), solve(_log_domain))
+  exponent = gain_xnxm / epsilon + f[..., :, None] + g[..., None, :]
+  plan_xnxm = jnp.where(valid_xnxm, jnp.exp(jnp.where(valid_xnxm, exponent, 0.0)), 0.0)
+  return jnp.where(valid, _round(plan_xnxm, *masses)[..., :-1, :-1], 0.0)
 
-  def iterate(state, _):
-    f, g, f_slack, g_slack = state
-    f, f_slack = update(rows, logits, g, g_slack, spare[1])
-    g, g_slack = update(cols, transposed, f, f_slack, spare[0])
-    return (f, g, f_slack, g_slack), None
 
-  zeros = jnp.zeros_like(cost[..., :, 0]), jnp.zeros_like(cost[..., 0, :])
-  (f, g, _, _), _ = jax.lax.scan(iterate, (*zeros, *spare[::-1]), length=num_iterations)
-  return jnp.where(valid, jnp.exp(jnp.where(valid, logits + f[..., :, None] + g[..., None, :], _NEVER)), 0.0)
+def _with_slack(x_xNxM: jax.Array, value: float | bool) -> jax.Array:
+  return jnp.pad(x_xNxM, [(0, 0)] * (x_xNxM.ndim - 2) + [(0, 1), (0, 1)], constant_values=value)
+
+
+def _spread(gain_xNxM: jax.Array, axis: int) -> jax.Array:
+  """Tells rows from columns when they are equally many, so that the transposed problem is solved in the same order."""
+  return jnp.sum(jnp.sum(gain_xNxM, axis) ** 2, -1, keepdims=True)
+
+
+def _exp_domain(exponent_xnxm: jax.Array, valid_xnxm: jax.Array) -> tuple[Callable, Callable]:
+  """log sum exp(exponent + potential) over columns and over rows, as products with a matrix made once."""
+  kernel = jnp.where(valid_xnxm, jnp.exp(exponent_xnxm), 0.0)
+  product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+  safe_log = lambda x: jnp.log(jnp.where(x > 0, x, 1.0))  # noqa: E731
+  return (lambda g: safe_log(product('...nm,...m->...n', kernel, jnp.exp(g))),
+          lambda f: safe_log(product('...nm,...n->...m', kernel, jnp.exp(f))))
+
+
+def _log_domain(exponent_xnxm: jax.Array, valid_xnxm: jax.Array) -> tuple[Callable, Callable]:
+  """The same for any range of exponents."""
+  logits = jnp.where(valid_xnxm, exponent_xnxm, _NEVER)
+  return (lambda g: jax.nn.logsumexp(logits + g[..., None, :], axis=-1),
+          lambda f: jax.nn.logsumexp(logits + f[..., :, None], axis=-2))
+
+
+def _potentials(domain: Callable[..., tuple[Callable, Callable]], gain_xnxm: jax.Array, valid_xnxm: jax.Array,
+                masses: tuple[jax.Array, jax.Array], rows_first: jax.Array, epsilon: float,
+                num_iterations: int) -> tuple[jax.Array, jax.Array]:
+  """log u and log v with plan = u exp(gain / epsilon) v; the smaller side is updated last."""
+  log_masses = [jnp.where(x > 0, jnp.log(jnp.where(x > 0, x, 1.0)), 0.0) for x in masses]
+  f, g = log_masses
+
+  def towards(old: jax.Array, side: int, log_sums: jax.Array, overshoot: jax.Array | float = _OVERSHOOT) -> jax.Array:
+    step = log_masses[side] - log_sums - old
+    return jnp.where(masses[side] > 0, old + step + overshoot * jnp.clip(step, -_FAR, _FAR), 0.0)
+
+  stages = _stages(epsilon, num_iterations)
+  for k, (temperature, count) in enumerate(stages):
+    over_columns, over_rows = domain(gain_xnxm / temperature, valid_xnxm)
+
+    def update(_: int, fg: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+      g = towards(fg[1], 1, over_rows(fg[0]))  # noqa: B023 (used within the same stage)
+      return towards(fg[0], 0, over_columns(g)), g  # noqa: B023
+    f = jnp.where(rows_first, towards(f, 0, over_columns(g)), f)   # rows first: f g … f g; columns first: g f … g f
+    f, g = jax.lax.fori_loop(1, count, update, (f, g))
+    last = k == len(stages) - 1
+    g = towards(g, 1, over_rows(f), jnp.where(rows_first, 0.0, _OVERSHOOT) if last else _OVERSHOOT)
+    f = jnp.where(rows_first, f, towards(f, 0, over_columns(g), 0.0 if last else _OVERSHOOT))
+    if not last:
+      f, g = (x * temperature / stages[k + 1][0] for x in (f, g))
+  return f, g
+
+
+def _stages(epsilon: float, num_iterations: int) -> list[tuple[float, int]]:
+  """(temperature, iterations): halves from about `_START` down to epsilon, where at least six tenths are spent."""
+  halvings = max(0, math.ceil(math.log2(_START / epsilon) - 1e-6))
+  each = int(0.4 * num_iterations) // max(halvings, 1)
+  cooling = [(epsilon * 2 ** k, each) for k in range(halvings, 0, -1)] if each else []
+  return [*cooling, (epsilon, num_iterations - each * len(cooling))]
+
+
+def _round(plan_xnxm: jax.Array, row_mass: jax.Array, col_mass: jax.Array) -> jax.Array:
+  """The nearby plan whose sums are exact: what is too much is cut, what is missing added (arXiv:1705.09634)."""
+  for axis, mass in ((-1, row_mass), (-2, col_mass)):
+    sums = jnp.sum(plan_xnxm, axis)
+    plan_xnxm *= jnp.expand_dims(jnp.where(sums > mass, mass / jnp.where(sums > 0, sums, 1.0), 1.0), axis)
+  rows, cols = (jnp.maximum(mass - jnp.sum(plan_xnxm, axis), 0.0) for axis, mass in ((-1, row_mass), (-2, col_mass)))
+  missing = jnp.sum(rows, -1, keepdims=True)[..., None]
+  return plan_xnxm + rows[..., :, None] * cols[..., None, :] / jnp.where(missing > 0, missing, 1.0)

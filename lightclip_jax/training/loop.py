@@ -15,7 +15,7 @@ import jax
 
 from lightclip_jax import config as config_lib
 from lightclip_jax import sharding
-from lightclip_jax.data import datasets, manifest, pipeline, tokenizers
+from lightclip_jax.data import datasets, pipeline
 from lightclip_jax.models import lightclip
 from lightclip_jax.training import checkpoint as checkpoint_lib
 from lightclip_jax.training import checks, evaluator, metrics, preemption
@@ -51,7 +51,7 @@ class Run:
     self._trainer = Trainer.create(config, self._mesh)
     self._abstract = self._trainer.abstract_state()
     folder = datasets.resolve(config.data.dataset)
-    self._tokenizer = tokenizers.load(folder / manifest.Manifest.load(folder).tokenizer)
+    self._tokenizer = pipeline.load_tokenizer(folder)
     checks.check_tokenizer(config, self._tokenizer)
     checks.claim_workdir(workdir, config)
     self._evaluator = evaluator.Evaluator(config, folder, self._tokenizer, self._mesh, workdir)

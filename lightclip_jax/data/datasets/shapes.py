@@ -1,4 +1,4 @@
-"""The built-in data set `shapes`: coloured shapes with captions, made in seconds without a network, to try things out."""
+"""The built-in data set `shapes`: coloured shapes with captions, made in seconds without a network."""
 import itertools
 import pathlib
 
@@ -17,10 +17,10 @@ _LICENCE = 'Apache-2.0'
 
 
 def prepare(out: pathlib.Path, size: int = 64, workers: int | None = None) -> None:
-  """Makes the data set in the new folder `out`, or does nothing if it is there. One process is enough: `workers` is unused.
+  """Makes the data set in the new folder `out`, or does nothing if it is there; `workers` is unused.
 
-  Concepts are colour and shape ("red circle"), groups are shapes. Every sixth concept is held out, and of the others
-  those in the middle in the style `grey` (as held-out images) and all in the style `small`.
+  Concepts are colour and shape ("red circle"), groups are shapes. Every seventh concept is held out, as are all
+  drawings in the style `small` and, as held-out images, the grey ones in the middle.
   """
   del workers
   with writer.new_folder(out) as folder:
@@ -42,7 +42,8 @@ def prepare(out: pathlib.Path, size: int = 64, workers: int | None = None) -> No
 
 def _record(shape: str, colour: str, style: str, place: str, size: int) -> Record:
   name = f'{colour} {shape}'
-  captions = (name, f'a {name}', f'a {shape} that is {colour}', f'a {colour} {shape} on the {place}', f'{name}, {shape}s')
+  captions = (name, f'a {name}', f'a {shape} that is {colour}', f'a {colour} {shape} on the {place}',
+              f'{name}, {shape}s')
   image = draw(shape, COLOURS[colour], style, PLACES[place], size)
   png = cv2.imencode('.png', image[..., ::-1])[1].tobytes()
   return Record(f'{style}/{name}/{place}', png, captions, style, name, shape, _LICENCE)

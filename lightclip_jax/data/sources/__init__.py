@@ -1,4 +1,4 @@
-"""Where records come from. A source has `len` and random access to `records.Record`, can be pickled and read by threads."""
+"""Where records come from: random access to `records.Record`, by any number of threads and processes."""
 import pathlib
 from collections.abc import Callable
 from typing import Protocol, SupportsIndex

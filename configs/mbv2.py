@@ -1,0 +1,19 @@
+"""LightCLIP with a MobileNetV2 image tower.
+
+COMMAND   python -m lightclip_jax.main --config=configs/mbv2.py:VARIANT --workdir=DIR
+VARIANT     hardware                      reaches
+quickstart  2 CPU cores, 10 minutes       not yet run
+emoji       one GPU (the default)         not yet run
+icons       one GPU                       not yet run
+cc3m        one node of 8 accelerators    not yet run
+yfcc15m     v5e 16×16                     not yet run
+"""
+from ml_collections import config_dict
+
+from configs import recipe
+from lightclip_jax.config import to_config_dict
+
+
+def get_config(variant: str = 'emoji') -> config_dict.ConfigDict:
+  """The config of one variant."""
+  return to_config_dict(recipe.get(variant, dict(name='mobilenet_v2'), quickstart=dict(model=dict(image=dict(width=0.5)))))

@@ -1,0 +1,49 @@
+"""A small data set for the tests of the input pipeline, and tiny packages for those of the emoji data set."""
+import json
+
+import pytest
+
+from lightclip_jax.data.datasets import shapes
+
+
+@pytest.fixture(scope='session')
+def shapes_folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('data') / 'shapes'
+  shapes.prepare(folder, size=32)
+  return folder
+
+
+def _write(path, value):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(json.dumps(value), encoding='utf-8')
+
+
+@pytest.fixture
+def emoji_packages(tmp_path):
+  """`node_modules` with 40 concepts; every style draws some of them, each in its own way of naming."""
+  from lightclip_jax.data.datasets import emoji
+  root = tmp_path / 'node_modules'
+  english = root / 'emojibase-data/en'
+  labels = [f'thing {chr(97 + i // 26)}{chr(97 + i % 26)}' for i in range(40)]
+  rows = [{'label': label, 'hexcode': f'{0x1F300 + i:X}-FE0F', 'tags': ['tag', f'word{i}'], 'group': i % 2,
+           'subgroup': 3}
+          for i, label in enumerate(labels)]
+  _write(english / 'data.json', [*rows, {'label': 'red hair', 'hexcode': '1F9B0', 'group': 2, 'subgroup': 3},
+                                 {'label': 'regional indicator A', 'hexcode': '1F1E6'}])
+  _write(english / 'messages.json', {
+      'groups': [{'order': i, 'message': m} for i, m in enumerate(['smileys & emotion', 'people & body', 'component'])],
+      'subgroups': [{'order': 3, 'message': 'odd things'}], 'skinTones': []})
+  for file in ('cldr', 'emojibase', 'github', 'iamcal', 'joypixels'):
+    _write(english / f'shortcodes/{file}.json', {'1F300': ['nickname'] if file == 'github' else 'other'})
+  for number, style in enumerate(emoji.STYLES):
+    folder = root / '@iconify-json' / style
+    body = f'<circle cx="8" cy="8" r="{2 + number / 2}" fill="#00{number:x}"/>'
+    icons = {label.replace(' ', '-'): {'body': body} for label in labels}
+    if style == 'noto':
+      icons = {f'icon-{i}': {'body': body, 'width': 20} for i in range(40)} | {'red-hair': {'body': body}}
+      _write(folder / 'chars.json', {f'{0x1F300 + i:x}': f'icon-{i}' for i in range(40)} | {'1f9b0': 'red-hair'})
+    if style == 'fxemoji':
+      icons = {'nickname': {'body': body}, 'nonsense': {'body': body}, 'thingab-2': {'body': body}}
+    _write(folder / 'icons.json', {'icons': icons, 'width': 16, 'height': 16})
+    _write(folder / 'info.json', {'license': {'spdx': 'MIT'}})
+  return root

@@ -1,0 +1,252 @@
+"""The order of examples: what it depends on, what it must not depend on, and how it continues."""
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import grain
+import numpy as np
+import pytest
+
+from lightclip_jax import config
+from lightclip_jax.data import manifest, pipeline
+from lightclip_jax.data.datasets import shapes
+from lightclip_jax.errors import UserError
+
+OPTIONS = config.replace(config.Data(), workers=0, max_masked=4, color_jitter=0.2, flip=0.5)
+
+
+def _batches(folder, *, workers=0, batch_size=16, seed=1, **more):
+  options = config.replace(OPTIONS, workers=workers)
+  return pipeline.train_batches(folder, options, image_size=16, context=20, batch_size=batch_size, seed=seed, **more)
+
+
+def _take(batches, count):
+  out = list(itertools.islice(batches, count))
+  batches.close()
+  return out
+
+
+def _assert_equal(got, expected):
+  assert len(got) == len(expected)
+  for a, b in zip(got, expected, strict=True):
+    assert a.keys() == b.keys()
+    for name in a:
+      np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def test_shapes_dtypes_and_meaning(shapes_folder):
+  batch = _take(_batches(shapes_folder), 1)[0]
+  expected = {
+      'image': ((16, 16, 16, 3), np.uint8), 'tokens': ((16, 20), np.int32), 'word_mask': ((16, 20), np.bool_),
+      'masked_tokens': ((16, 20), np.int32), 'masked_positions': ((16, 4), np.int32),
+      'masked_labels': ((16, 4), np.int32), 'masked_weights': ((16, 4), np.float32), 'caption_id': ((16,), np.int32),
+      'example_id': ((16,), np.int64)}
+  assert {name: (v.shape, v.dtype.type) for name, v in batch.items()} == expected
+  tokenizer = pipeline.load_tokenizer(shapes_folder)
+  records = pipeline.evaluation_records(shapes_folder, 'train')
+  for row, record in zip(batch['tokens'], batch['example_id'], strict=True):
+    assert tokenizer.decode(row) in records[record].captions
+  np.testing.assert_array_equal(batch['word_mask'], tokenizer.word_mask(batch['tokens']))
+  picked = np.take_along_axis(batch['tokens'], batch['masked_positions'], 1)
+  np.testing.assert_array_equal(batch['masked_labels'], picked * (batch['masked_weights'] > 0))
+  same = (batch['tokens'][:, None] == batch['tokens'][None]).all(-1)
+  np.testing.assert_array_equal(batch['caption_id'][:, None] == batch['caption_id'][None], same)
+
+
+@pytest.mark.parametrize('workers', [1, 2])
+def test_workers_do_not_matter(shapes_folder, workers):
+  _assert_equal(_take(_batches(shapes_folder, workers=workers), 6), _take(_batches(shapes_folder), 6))
+
+
+@pytest.mark.parametrize('hosts', [2, 4])
+def test_hosts_do_not_matter(shapes_folder, hosts):
+  parts = [_take(_batches(shapes_folder, process_index=h, process_count=hosts), 20) for h in range(hosts)]
+  joined = [{name: np.concatenate([part[name] for part in step]) for name in step[0]}
+            for step in zip(*parts, strict=True)]
+  _assert_equal(joined, _take(_batches(shapes_folder), 20))
+
+
+def test_every_epoch_covers_every_record_once_in_another_order(shapes_folder):
+  count = manifest.load(shapes_folder).split('train').count
+  assert count % 16 == 0 and count % 7
+  ids = np.concatenate([b['example_id'] for b in _take(_batches(shapes_folder, batch_size=7), 3 * count // 7 + 1)])
+  epochs = [ids[i * count:(i + 1) * count] for i in range(3)]
+  for epoch in epochs:
+    np.testing.assert_array_equal(np.sort(epoch), np.arange(count))
+  assert (epochs[0] != epochs[1]).any() and (epochs[1] != epochs[2]).any()
+  assert np.abs(np.diff(epochs[0])).mean() > count / 5                      # a shuffle, not a rotation
+
+
+def test_an_example_changes_with_the_epoch(shapes_folder):
+  count = manifest.load(shapes_folder).split('train').count
+  first, second = _take(_batches(shapes_folder, batch_size=count), 2)
+  a, b = np.argsort(first['example_id']), np.argsort(second['example_id'])
+  assert (first['image'][a] != second['image'][b]).any((1, 2, 3)).mean() > 0.9
+  assert (first['caption_id'][a] != second['caption_id'][b]).mean() > 0.5
+
+
+def test_seeds_differ(shapes_folder):
+  one, two = (_take(_batches(shapes_folder, seed=seed), 1)[0]['example_id'] for seed in (1, 2))
+  assert (one != two).any()
+
+
+@pytest.mark.parametrize('stop', [0, 1, 5, 15, 16, 31])
+def test_resume_at_any_batch(shapes_folder, stop):
+  whole = _take(_batches(shapes_folder), stop + 3)
+  first = _batches(shapes_folder)
+  for _ in range(stop):
+    next(first)
+  state = json.loads(json.dumps(first.state()))
+  first.close()
+  second = _batches(shapes_folder)
+  second.restore(state)
+  assert second.state() == state
+  _assert_equal(_take(second, 3), whole[stop:])
+
+
+def test_resume_on_other_workers_and_hosts_and_after_use(shapes_folder):
+  whole = _take(_batches(shapes_folder), 9)
+  one = _batches(shapes_folder, workers=2)
+  for _ in range(5):
+    next(one)
+  state = one.state()
+  one.close()
+  halves = []
+  for host in range(2):
+    half = _batches(shapes_folder, process_index=host, process_count=2)
+    next(half)                                              # already running: what it has prefetched must not appear
+    half.restore(state)
+    halves.append(_take(half, 4))
+  joined = [{n: np.concatenate([a[n], b[n]]) for n in a} for a, b in zip(*halves, strict=True)]
+  _assert_equal(joined, whole[5:])
+
+
+def test_foreign_states_are_refused(shapes_folder, tmp_path):
+  state = _batches(shapes_folder).state()
+  shapes.prepare(tmp_path / 'other', size=16)
+  with pytest.raises(UserError, match='was made with data'):
+    _batches(tmp_path / 'other').restore(state)
+  with pytest.raises(UserError, match='was made with seed 1, this run has 2'):
+    _batches(shapes_folder, seed=2).restore(state)
+  with pytest.raises(UserError, match='was made with batch_size 16'):
+    _batches(shapes_folder, batch_size=8).restore(state)
+
+
+def test_grain_checkpoint_equivalence(shapes_folder):
+  dataset = pipeline.train_dataset(shapes_folder, OPTIONS, image_size=16, context=20, batch_size=8, seed=0)
+  grain.experimental.assert_equal_output_after_checkpoint(_Limited(dataset, 12))
+
+
+class _Limited(grain.IterDataset):
+  """The first batches of an endless data set."""
+
+  def __init__(self, parent, count):
+    super().__init__(parent)
+    self._count = count
+
+  def __iter__(self):
+    return _LimitedIterator(self._parent.__iter__(), self._count)
+
+
+class _LimitedIterator(grain.DatasetIterator):
+
+  def __init__(self, parent, count):
+    super().__init__(parent)
+    self._done, self._count = 0, count
+
+  def __next__(self):
+    if self._done == self._count:
+      raise StopIteration
+    self._done += 1
+    return next(self._parent)
+
+  def get_state(self):
+    return {'parent': self._parent.get_state(), 'done': self._done}
+
+  def set_state(self, state):
+    self._parent.set_state(state['parent'])
+    self._done = state['done']
+
+
+def test_evaluation_covers_a_split_once_over_all_hosts(shapes_folder):
+  records = pipeline.evaluation_records(shapes_folder, 'heldout_style')
+  whole = list(pipeline.evaluation_batches(shapes_folder, 'heldout_style', image_size=16, batch_size=10))
+  index = np.concatenate([b['index'] for b in whole])
+  np.testing.assert_array_equal(index[:len(records)], np.arange(len(records)))
+  assert (index[len(records):] == -1).all() and len(index) % 10 == 0
+  hosts = [list(pipeline.evaluation_batches(shapes_folder, 'heldout_style', image_size=16, batch_size=10,
+                                            process_index=h, process_count=2)) for h in range(2)]
+  assert len(hosts[0]) == len(hosts[1]) == len(whole)
+  _assert_equal([{n: np.concatenate([a[n], b[n]]) for n in a} for a, b in zip(*hosts, strict=True)], whole)
+
+
+def test_bad_arguments(shapes_folder, tmp_path):
+  with pytest.raises(UserError, match='train.batch_size is 9; it must be a multiple of the 2 hosts'):
+    _batches(shapes_folder, batch_size=9, process_count=2)
+  with pytest.raises(UserError, match='evaluation.batch_size is 3'):
+    next(pipeline.evaluation_batches(shapes_folder, 'train', image_size=8, batch_size=3, process_count=2))
+  with pytest.raises(UserError, match='is empty'):
+    _batches(tmp_path)
+
+
+def test_worker_count(monkeypatch):
+  monkeypatch.setattr(os, 'cpu_count', lambda: 2)
+  assert [pipeline.worker_count(n) for n in (-1, 0, 3)] == [0, 0, 3]
+  monkeypatch.setattr(os, 'cpu_count', lambda: 8)
+  assert pipeline.worker_count(-1) == 7
+  monkeypatch.setattr(os, 'cpu_count', lambda: 64)
+  assert pipeline.worker_count(-1) == 16
+
+
+def _alive(pid):
+  try:
+    with open(f'/proc/{pid}/stat') as file:
+      return file.read().rsplit(')', 1)[1].split()[0] != 'Z'
+  except FileNotFoundError:
+    return False
+
+
+@pytest.mark.parametrize('how', [signal.SIGINT, signal.SIGKILL])
+def test_workers_end_with_their_parent_and_quietly(shapes_folder, tmp_path, how):
+  program = tmp_path / 'program.py'
+  program.write_text(textwrap.dedent(f'''
+    import multiprocessing, sys, time
+    from lightclip_jax import cli, config
+    from lightclip_jax.data import pipeline
+    def main():
+      batches = pipeline.train_batches({str(shapes_folder)!r}, config.replace(config.Data(), workers=2), image_size=16,
+                                       context=20, batch_size=8, seed=0)
+      next(batches)
+      print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+      while True:
+        next(batches)
+        time.sleep(0.05)
+    if __name__ == '__main__':
+      sys.exit(cli.run(main))
+  '''))
+  child = subprocess.Popen([sys.executable, program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                           start_new_session=True)
+  pids = [int(pid) for pid in child.stdout.readline().split()]
+  assert len(pids) == 2
+  if how == signal.SIGINT:
+    os.killpg(child.pid, how)                               # as the terminal does: to the workers too
+  else:
+    child.send_signal(how)
+  errors = child.communicate(timeout=60)[1]
+  if how == signal.SIGINT:
+    assert (child.returncode, errors) == (130, 'stopped\n')
+  deadline = time.monotonic() + 20
+  while any(map(_alive, pids)) and time.monotonic() < deadline:
+    time.sleep(0.1)
+  assert not any(map(_alive, pids))
+
+
+def test_workers_import_no_jax():
+  program = 'import sys, lightclip_jax.data.pipeline; print("jax" in sys.modules, "tensorflow" in sys.modules)'
+  done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, check=True)
+  assert done.stdout.split() == ['False', 'False']
