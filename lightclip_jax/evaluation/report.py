@@ -21,7 +21,7 @@ from lightclip_jax.config import Config
 from lightclip_jax.evaluation import curves
 from lightclip_jax.evaluation.gallery import Picture
 from lightclip_jax.evaluation.matching import Matching
-from lightclip_jax.evaluation.metrics import Metric, percent
+from lightclip_jax.evaluation.metrics import Metric, percent, scalars
 
 Log = list[dict[str, float]]
 
@@ -48,6 +48,8 @@ def write_report(workdir: str | pathlib.Path, results: Sequence[Metric], gallery
   All text of the data (names, captions, styles) is escaped. With several processes, call it in one.
   """
   log = read_log(pathlib.Path(workdir) / 'metrics.jsonl')
+  if log:
+    log[-1] |= scalars(results)   # the curves end with the final results, whether these are in the file yet or not
   environment = jinja2.Environment(loader=jinja2.PackageLoader('lightclip_jax.evaluation'), autoescape=True,
                                    trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
   environment.filters.update(percent=percent, data_url=_data_url, overlay=_overlay)
@@ -83,8 +85,10 @@ def _headline(results: Sequence[Metric]) -> str:
   for name, what in HEADLINES.items():
     if name in by_name:
       metric = by_name[name]
+      times = metric.value / metric.chance
+      compared = f'{times:,.0f} times as often as chance' if times >= 2 else 'no better than chance yet'
       return (f'It names {percent(metric.value)} of {metric.count:,} {what} at the first guess among '
-              f'{round(1 / metric.chance):,} names, {metric.value / metric.chance:,.0f} times as often as chance.')
+              f'{round(1 / metric.chance):,} names, {compared}.')
   return ''
 
 
@@ -144,7 +148,7 @@ def _accuracy_charts(log: Log, results: Sequence[Metric]) -> list[tuple[str, Mar
     lines, names = [], [f'eval/{split}/{end}' for split in _splits(log)]
     for colour, name in enumerate(names):
       rows = [row for row in log if math.isfinite(row.get(name, math.nan))]
-      if rows:
+      if len(rows) > 1:
         steps, values = [row['step'] for row in rows], [row[name] for row in rows]
         lines.append(curves.Line(_title(name.split('/')[1]), steps, values, colour))
     known = {chance[name] for name in names if chance.get(name)}
@@ -172,7 +176,11 @@ def _data_url(image: np.ndarray) -> str:
 
 
 def _overlay(heat_GxG: np.ndarray) -> str:
-  """White over the cold and magenta over the hot parts: one pixel a patch, which the browser enlarges smoothly."""
-  share = (heat_GxG / max(float(heat_GxG.max()), 1e-12))[..., None]
+  """White where the heat is average or less, magenta where it is highest: one pixel a patch, enlarged by the browser.
+
+  Full colour needs three times the average, so that an even spread does not look like a finding.
+  """
+  mean, most = float(heat_GxG.mean()), float(heat_GxG.max())
+  share = np.clip((heat_GxG - mean) / max(most - mean, 2 * mean, 1e-12), 0, 1)[..., None]
   colour = np.array([255, 255, 255]) * (1 - share) + np.array([208, 0, 120]) * share
   return _data_url(np.concatenate([colour, 110 + 90 * share], axis=2).round().astype(np.uint8))

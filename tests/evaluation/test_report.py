@@ -1,10 +1,13 @@
 """The report, the console table and the curves."""
+import base64
 import html.parser
+import io
 import json
 import math
 import re
 
 import numpy as np
+import PIL.Image
 import pytest
 
 from lightclip_jax import config, evaluate
@@ -109,6 +112,32 @@ def test_the_table_has_values_chance_and_anchors(page):
   bars = [attributes['style'] for _, attributes in page.tags if attributes.get('class') == 'fill']
   widths = [float(re.search(r'width: ([\d.]+)%', style).group(1)) for style in bars]
   assert widths == pytest.approx([100 * 0.019 / 0.1179, 100 * 0.091 / 0.1179], rel=0.01)   # 1.1 × the upper bound
+
+
+def test_curves_end_with_the_final_results(tmp_path):
+  """A run writes its report before the last line of its log, or after it."""
+  write_log(tmp_path, range(10, 110, 10))
+  page = Page(report.write_report(tmp_path, RESULTS, [], [], config.Config()).read_text())
+  assert page.count('circle') == 0                       # evaluated once: no curve
+  write_log(tmp_path, range(10, 200, 10))
+  page = Page(report.write_report(tmp_path, RESULTS, [], [], config.Config()).read_text())
+  assert page.count('circle') == 4 and 'Held-out style, step 190: 1.90 %' in page.text
+
+
+def test_heat_is_pale_where_it_is_even():
+  def shown(heat):
+    data = base64.b64decode(report._overlay(np.asarray(heat, float)).split(',')[1])
+    return np.asarray(PIL.Image.open(io.BytesIO(data)).convert('RGBA'))[..., 1]   # green: 255 white, 0 magenta
+  np.testing.assert_array_equal(shown(np.full((4, 4), 0.3)), 255)
+  np.testing.assert_array_equal(shown(np.zeros((4, 4))), 255)
+  one = shown(np.eye(4) * [1, 0, 0, 0])
+  assert one[0, 0] == 0 and (one.ravel()[1:] == 255).all()
+  assert 100 < shown([[1.5, 1], [1, 0.5]])[0, 0] < 255
+
+
+def test_a_run_at_chance_says_so(tmp_path):
+  results = [Metric('eval/heldout_style/concept_top1', 1 / 1914, 1914, 1 / 1914)]
+  assert 'no better than chance' in report.write_report(tmp_path, results, [], [], config.Config()).read_text()
 
 
 def test_a_run_without_anything_still_has_a_page(tmp_path):
