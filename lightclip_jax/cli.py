@@ -19,3 +19,18 @@ def run(main: Callable[[], int | None], debug: bool = False) -> int:
       raise
     print('stopped', file=sys.stderr)
     return 130
+
+
+def config_overrides(arguments: list[str]) -> dict[str, str]:
+  """`--config.a.b=value` arguments as {"a.b": "value"}.
+
+  Raises:
+    UserError: for any other argument.
+  """
+  overrides = {}
+  for argument in arguments:
+    key, equals, value = argument.partition('=')
+    if not key.startswith('--config.') or not equals:
+      raise UserError(f'unexpected argument {argument!r}; options of the config are written --config.a.b=value')
+    overrides[key.removeprefix('--config.')] = value
+  return overrides

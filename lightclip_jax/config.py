@@ -1,11 +1,16 @@
 """The typed configuration: every option of a run, its default and what it means.
 
-A config file (`configs/*.py`) has `get_config(variant)` that returns a `Config`. Command-line overrides
-(`--config.optimizer.learning_rate=1e-3`) go through `ml_collections`; `from_dict` turns the result back into frozen
-dataclasses, checks every name and type, and says "did you mean" for a name that does not exist.
+A config file (`configs/*.py`) has `get_config(variant)`, which returns an `ml_collections.ConfigDict`. `load` applies
+command-line overrides (`--config.optimizer.learning_rate=1e-3`) and turns the result into frozen dataclasses; every name
+and type is checked, with "did you mean" for a name that does not exist. Values are literals: nothing is evaluated.
 """
+import ast
 import dataclasses
 import difflib
+import importlib.util
+import os
+import pathlib
+import sys
 import types
 import typing
 from typing import Any, Literal
@@ -205,6 +210,45 @@ def replace(config: Any, **changes: Any) -> Any:
 def to_config_dict(config: Config) -> config_dict.ConfigDict:
   """The locked `ml_collections` form, which command-line flags override."""
   return config_dict.ConfigDict(dataclasses.asdict(config)).lock()
+
+
+def load(spec: str, overrides: typing.Mapping[str, str] | None = None) -> Config:
+  """The config of "FILE.py" or "FILE.py:VARIANT", with overrides {"train.steps": "100"}.
+
+  Raises:
+    UserError: for a missing file, an unknown variant or key, or a value of another type.
+  """
+  file, _, variant = spec.partition(':')
+  get_config = _get_config_of(pathlib.Path(file))
+  values = get_config(variant) if variant else get_config()
+  for key, text in (overrides or {}).items():
+    check_key(key)
+    with values.unlocked(), values.ignore_type():   # `from_dict` checks types, and says more
+      values.update_from_flattened_dict({key: _literal(text)})
+  return from_dict(values.to_dict())
+
+
+def _get_config_of(path: pathlib.Path) -> typing.Callable[..., config_dict.ConfigDict]:
+  if not path.is_file():
+    near = difflib.get_close_matches(path.name, os.listdir(path.parent) if path.parent.is_dir() else [], n=1)
+    raise UserError(f'config file {str(path)!r} does not exist' + (f'; did you mean {near[0]!r}?' if near else ''))
+  root = str(path.resolve().parent.parent)   # config files import each other as `configs.NAME` from any working directory
+  if root not in sys.path:
+    sys.path.append(root)
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  if not hasattr(module, 'get_config'):
+    raise UserError(f'config file {str(path)!r} has no function get_config(variant)')
+  return module.get_config
+
+
+def _literal(text: str) -> Any:
+  """A Python literal, true or false, or else the text itself."""
+  try:
+    return {'true': True, 'false': False}.get(text) if text in ('true', 'false') else ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    return text
 
 
 def from_dict(values: typing.Mapping[str, Any]) -> Config:

@@ -1,49 +1,37 @@
-"""Trains a LightCLIP.
-
-Example:
-  python -m lightclip_jax.main --config=configs/mbv2.py:quickstart --workdir=/tmp/quickstart
-"""
+"""Trains a LightCLIP: python -m lightclip_jax.main --config=configs/mbv2.py:quickstart --workdir=DIR"""
+import argparse
+import os
 import pathlib
 import sys
 
-from absl import flags
-from ml_collections import config_flags
-
 from lightclip_jax import cli
 from lightclip_jax import config as config_lib
-from lightclip_jax.errors import UserError
-
-CONFIG = config_flags.DEFINE_config_file('config', None, 'configs/NAME.py[:VARIANT]; options as --config.a.b=value')
-WORKDIR = flags.DEFINE_string('workdir', None, 'folder of the run; started again with the same one, it continues')
-DEBUG = flags.DEFINE_bool('debug', False, 'show the traceback of an error')
 
 
-def parse(argv: list[str]) -> tuple[config_lib.Config, pathlib.Path]:
-  """The config and the workdir that the command line asks for.
+def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, config_lib.Config]:
+  """The command line's flags and the config that they make.
 
   Raises:
-    UserError: for whatever the flags do not allow.
+    UserError: for a config file, variant, key or value that does not exist or fit.
   """
-  for argument in argv[1:]:
-    name = argument.lstrip('-').partition('=')[0]
-    if argument.startswith('-') and name.startswith('config.'):
-      config_lib.check_key(name.removeprefix('config.'))
-  try:
-    rest = flags.FLAGS(argv)[1:]
-  except (flags.Error, OSError) as error:
-    raise UserError(str(error).splitlines()[0]) from error
-  if rest:
-    raise UserError(f'unexpected argument {rest[0]!r}; options are --config=…, --config.a.b=value and --workdir=…')
-  if not CONFIG.value or not WORKDIR.value:
-    raise UserError(f'--{"workdir" if CONFIG.value else "config"} is missing; see --help')
-  return config_lib.from_dict(CONFIG.value.to_dict()), pathlib.Path(WORKDIR.value)
+  parser = argparse.ArgumentParser(
+      prog='python -m lightclip_jax.main', description='Trains a LightCLIP, or continues a run that was stopped.',
+      epilog='example: python -m lightclip_jax.main --config=configs/mbv2.py:quickstart --workdir=runs/quickstart '
+             '--config.train.steps=500')
+  parser.add_argument('--config', required=True, metavar='FILE[:VARIANT]', help='a config; any option of it as --config.a.b=value')
+  parser.add_argument('--workdir', required=True, type=pathlib.Path, help='folder of the run; with history, it is continued')
+  parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
+  flags, rest = parser.parse_known_args(argv)
+  return flags, config_lib.load(flags.config, cli.config_overrides(rest))
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
   """Returns the exit code: 0 when training is complete, 75 when it was asked to stop and can be continued."""
-  config, workdir = parse(sys.argv)
-  from lightclip_jax.training import loop  # after parsing: importing JAX takes seconds, a wrong flag should not
-  return loop.train(config, workdir)
+  flags, config = parse(argv)
+  from lightclip_jax.data import datasets   # JAX and all else after parsing: a wrong flag must not wait for seconds
+  os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(datasets.cache() / 'compiled'))
+  from lightclip_jax.training import loop
+  return loop.train(config, flags.workdir)
 
 
 if __name__ == '__main__':

@@ -17,12 +17,11 @@ def _built_in(name: str, args: argparse.Namespace) -> None:
   BUILT_IN[name](args.out, args.size, args.processes)
   made = manifest.load(args.out)
   if (made.name, made.image_size) != (name, args.size):
-    raise UserError(f'{str(args.out)!r} holds {made.name!r} at {made.image_size} px; '
-                    f'for {name!r} at {args.size} px delete it or give another --out')
+    raise UserError(f'{str(args.out)!r} holds {made.name!r} at {made.image_size} px; delete it or give another --out')
 
 
 def _built_in_flags(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument('--size', type=_between(8, 1024), default=128, help='pixels of the square images (default: 128)')
+  parser.add_argument('--size', type=_between(8, 1024), default=128, help='pixels of the square images (default 128)')
   parser.add_argument('--processes', type=_between(1, 1024), help='processes that draw (default: one a core)')
 
 
@@ -43,10 +42,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
   parser = argparse.ArgumentParser(prog='python -m lightclip_jax.prepare', description=__doc__, epilog=_EXAMPLE)
   kinds = parser.add_subparsers(dest='kind', required=True, metavar='KIND', help=', '.join(KINDS))
   for kind, (add_flags, _) in KINDS.items():
-    flags = kinds.add_parser(kind, epilog=_EXAMPLE)
+    add_flags(flags := kinds.add_parser(kind, epilog=_EXAMPLE))
     flags.add_argument('--out', type=pathlib.Path, required=True, metavar='DIR', help='a new folder')
     flags.add_argument('--debug', action='store_true', help='show the traceback of an error')
-    add_flags(flags)
   return parser.parse_args(arguments)
 
 
@@ -54,10 +52,9 @@ def main(args: argparse.Namespace) -> None:
   """Prepares, then prints what there is."""
   KINDS[args.kind][1](args)
   made = manifest.load(args.out)
-  counts = ', '.join(f'{name} {split.count:,}' for name, split in made.splits.items())
-  print(f'{args.out}: {made.name}, {made.image_size} px, {len(made.concepts):,} concepts; {counts}')
+  counts = (f'{name} {split.count:,}' for name, split in made.splits.items())
+  print(f'{args.out}: {made.name}, {made.image_size} px, {len(made.concepts):,} concepts;', ', '.join(counts))
 
 
 if __name__ == '__main__':
-  parsed = parse()
-  sys.exit(cli.run(lambda: main(parsed), parsed.debug))
+  sys.exit(cli.run(functools.partial(main, parsed := parse()), parsed.debug))

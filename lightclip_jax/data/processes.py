@@ -1,13 +1,16 @@
 """Worker processes that end with their parent and leave Ctrl-C to it."""
 import os
 import signal
+import sys
 import threading
 import time
 
 
 def start_worker(parent: int) -> None:
   """Runs first in a worker: no accelerator, no Ctrl-C traceback, and an end within a second of process `parent`'s."""
-  os.environ['JAX_PLATFORMS'] = 'cpu'   # a library that imports JAX in a worker must not take the accelerator
+  os.environ['JAX_PLATFORMS'] = 'cpu'
+  if 'jax' in sys.modules:   # Grain imports it, and it has read the environment by now; the accelerator is the parent's
+    sys.modules['jax'].config.update('jax_platforms', 'cpu')
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 

@@ -96,7 +96,7 @@ class Trainer:
     if batch_stats:
       batch_stats = norm.update_running_statistics(batch_stats, statistics, self.config.model.batch_norm_momentum)
     rate = optimizer_lib.learning_rate(self.config.optimizer, self.config.train.steps)(state.step)
-    metrics |= {'gradient_norm': optax.global_norm(gradients), 'learning_rate': rate}
+    metrics |= {'gradient_norm': optax.tree.norm(gradients), 'learning_rate': rate}
     new = state_lib.TrainState(state.step + 1, params, batch_stats, optimizer_state, self._average(state, params))
     return new, metrics
 

@@ -1,0 +1,94 @@
+"""The small parts of a run: schedule, decay mask, meter, writer, checks."""
+import json
+import math
+
+import pytest
+from tiny import TINY
+
+from lightclip_jax import config as config_lib
+from lightclip_jax.errors import UserError
+from lightclip_jax.training import checks, metrics, optimizer
+
+
+def test_learning_rate_warms_up_and_ends_at_zero():
+  rate = optimizer.learning_rate(config_lib.Optimizer(learning_rate=2.0, warmup_fraction=0.1), 100)
+  assert [float(rate(step)) for step in (0, 5, 10)] == pytest.approx([0, 1, 2])
+  assert float(rate(55)) == pytest.approx(1.0) and float(rate(100)) == pytest.approx(0, abs=1e-6)
+
+
+def test_decay_spares_offsets_scales_and_tables(trainer_of):
+  params = trainer_of(1).abstract_state().params
+  mask = optimizer.decay_mask(params)
+  assert mask['image']['stem']['kernel'] and mask['image_projection']['kernel']
+  assert not mask['image']['stem_norm']['scale'] and not mask['logit_scale'] and not mask['text']['position_embedding']
+
+
+def test_meter_continues_from_its_state():
+  meter = metrics.Meter()
+  meter.add({'loss': 0.1})
+  meter.add({'loss': 0.7})
+  again = metrics.Meter(json.loads(json.dumps(meter.state())))
+  for m in (meter, again):
+    m.add({'loss': 1.3})
+  assert meter.take() == again.take() == {'loss': pytest.approx(0.7)}
+  meter.add({'loss': 5.0})
+  assert meter.take() == {'loss': 5.0}
+
+
+def test_writer_drops_what_a_killed_run_wrote_after_its_last_save(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  path.write_text('{"step": 1, "train/loss": 1.0}\n{"step": 2, "train/loss": 2.0}\n{"step": 3, "tra')
+  writer = metrics.MetricWriter(tmp_path, resume_step=1)
+  writer.write(2, {'train/loss': 2.5})
+  writer.close()
+  assert [json.loads(line) for line in path.read_text().splitlines()] == [
+      {'step': 1, 'train/loss': 1.0}, {'step': 2, 'train/loss': 2.5}]
+  assert list((tmp_path / 'tensorboard').glob('events.*'))
+
+
+def test_durations():
+  assert [metrics.duration(s) for s in (12.4, 250, 3900, math.inf)] == ['12 s', '4 min 10 s', '1 h 05 min', '?']
+
+
+@pytest.mark.parametrize('changes, shards, parts', [
+    (dict(train=dict(batch_size=60)), 8, ['train.batch_size', '60', '8']),
+    (dict(train=dict(batch_size=64, accumulate=3)), 1, ['64', 'accumulate 3']),
+    (dict(model=dict(batch_norm='group:16')), 8, ['model.batch_norm', '16', '8']),
+    (dict(model=dict(batch_norm='batch')), 1, ["'batch'", 'group:N']),
+    (dict(objective=dict(token_matching=dict(group_size=3))), 1, ['group_size', '3', '64']),
+])
+def test_batches_that_do_not_divide(changes, shards, parts):
+  with pytest.raises(UserError) as error:
+    checks.check_batch(config_lib.replace(TINY, **changes), shards)
+  assert all(part in str(error.value) for part in parts), error.value
+
+
+def test_counts_must_be_positive():
+  with pytest.raises(UserError, match='train.steps is 0'):
+    checks.check_steps(config_lib.replace(TINY, train=dict(steps=0)))
+
+
+def test_tokenizer_must_fit():
+  tokenizer = type('Tokenizer', (), dict(vocab_size=99, end_id=3))
+  with pytest.raises(UserError, match="vocab_size is 45, .*'shapes' has 99"):
+    checks.check_tokenizer(TINY, tokenizer)
+  tokenizer.vocab_size, tokenizer.end_id = 45, 7
+  with pytest.raises(UserError, match='end_id is 3, .* 7'):
+    checks.check_tokenizer(TINY, tokenizer)
+
+
+def test_workdir_belongs_to_one_config(tmp_path):
+  checks.claim_workdir(tmp_path / 'run', TINY)
+  checks.claim_workdir(tmp_path / 'run', config_lib.replace(TINY, train=dict(log_every=7)))  # changes nothing that is learnt
+  with pytest.raises(UserError, match='optimizer.learning_rate 0.003 there, 0.1 here.*another --workdir'):
+    checks.claim_workdir(tmp_path / 'run', config_lib.replace(TINY, optimizer=dict(learning_rate=0.1)))
+  (tmp_path / 'run' / 'config.json').write_text('{')
+  with pytest.raises(UserError, match='not JSON'):
+    checks.claim_workdir(tmp_path / 'run', TINY)
+
+
+def test_free_options_exist():
+  for name in checks.FREE:
+    config_lib.check_key(name)
+
+

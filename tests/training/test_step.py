@@ -1,0 +1,107 @@
+"""The step: exact whatever the devices and micro-batches, and able to learn."""
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import TINY, random_batch
+
+from lightclip_jax import config as config_lib
+from lightclip_jax import sharding
+from lightclip_jax.models import lightclip, norm
+from lightclip_jax.training.step import Trainer, put_batch
+
+
+def gradients(trainer):
+  """Loss, metrics, gradients and new running statistics of one step, by one compiled function."""
+  def run(state, batch):
+    (loss, (metrics, statistics)), grads = jax.value_and_grad(trainer.loss, has_aux=True)(state.params, state, batch)
+    return loss, metrics, grads, norm.update_running_statistics(state.batch_stats, statistics, 0.9)
+
+  # Half-way: α and β are under way, and the dropout key is not the first.
+  state = dataclasses.replace(trainer.init_state(), step=jnp.int32(100))
+  return jax.device_get(jax.jit(run)(state, random_batch(trainer.mesh)[1]))
+
+
+@pytest.fixture(scope='module')
+def reference(trainer_of):
+  return gradients(trainer_of(1))
+
+
+def assert_close(got, wanted, tolerance):
+  for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(wanted), strict=True):
+    scale = max(np.abs(b).max(), 1e-8)
+    assert np.abs(a - b).max() <= tolerance * scale, f'{sharding.path_name(path)}: {np.abs(a - b).max() / scale:.1e}'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('devices, accumulate', [(1, 2), (1, 8), (2, 4), (8, 1), (8, 4)])
+def test_gradients_do_not_depend_on_devices_or_micro_batches(trainer_of, reference, devices, accumulate):
+  loss, metrics, grads, stats = gradients(trainer_of(devices, accumulate))
+  np.testing.assert_allclose(loss, reference[0], rtol=1e-5)
+  for name in ('loss_contrastive', 'loss_token_matching', 'loss_masked_lm', 'top1_image_to_text'):
+    np.testing.assert_allclose(metrics[name], reference[1][name], rtol=1e-5, err_msg=name)
+  assert_close(grads, reference[2], 2e-5)
+  assert_close(stats, reference[3], 1e-5)
+
+
+def test_every_parameter_gets_a_gradient(reference):
+  without = [sharding.path_name(path) for path, leaf in jax.tree_util.tree_leaves_with_path(reference[2]) if not leaf.any()]
+  # The gates are zero at the start, so nothing behind them moves yet; the sigmoid loss's bias is not used.
+  assert all('fusion' in name or name.endswith('logit_bias') for name in without), without
+
+
+@pytest.mark.slow
+def test_overfits_one_batch():
+  config = config_lib.replace(TINY, model=dict(text=dict(dropout=0.0)), train=dict(steps=150), optimizer=dict(weight_decay=0.0),
+                              objective=dict(contrastive=dict(duplicates='negative', alpha=0.0)))
+  config = config_lib.from_dict(dataclasses.asdict(config))
+  trainer = Trainer.create(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
+  arrays, _ = random_batch(trainer.mesh)
+  batch = put_batch(arrays | {'caption_id': np.arange(64, dtype=np.int32)}, trainer.mesh)
+  step, state = trainer.compile_step(), trainer.init_state()
+  first = None
+  for _ in range(config.train.steps):
+    state, metrics = step(state, batch)
+    first = metrics if first is None else first
+  first, metrics = jax.device_get((first, metrics))
+  assert metrics['top1_image_to_text'] > 0.99 and metrics['top1_text_to_image'] > 0.99
+  for name in ('loss_contrastive', 'loss_token_matching', 'loss_masked_lm'):
+    assert metrics[name] < 0.7 * first[name], name
+
+
+def test_moving_average_follows_and_is_what_evaluation_uses(trainer_of):
+  trainer = trainer_of(1)
+  state = trainer.init_state()
+  _, batch = random_batch(trainer.mesh)
+  after, _ = jax.jit(trainer.step)(dataclasses.replace(state, step=jnp.int32(100)), batch)
+  kernel = lambda params: np.asarray(params['image']['stem']['kernel'])  # noqa: E731
+  wanted = 0.9 * kernel(state.params) + 0.1 * kernel(after.params)
+  np.testing.assert_allclose(kernel(after.ema), wanted, rtol=1e-5)
+  assert after.evaluation_variables['params'] is after.ema
+  assert dataclasses.replace(after, ema=None).evaluation_variables['params'] is after.params
+
+
+def test_terms_with_weight_zero_are_not_computed(trainer_of):
+  off = dict(objective=dict(token_matching=dict(weight=config_lib.constant(0.0)), masked_lm=dict(weight=config_lib.constant(0.0))))
+  plain = Trainer.create(config_lib.replace(TINY, **off), trainer_of(1).mesh)
+  flops = [jax.jit(t.loss).lower(*_abstract(t)).cost_analysis()['flops'] for t in (plain, trainer_of(1))]
+  assert flops[0] < 0.8 * flops[1]
+  metrics = jax.eval_shape(plain.loss, *_abstract(plain))[1][0]
+  assert 'loss_contrastive' in metrics and not {'loss_token_matching', 'loss_masked_lm'} & set(metrics)
+
+
+def _abstract(trainer):
+  from lightclip_jax.training.step import abstract_batch
+  state = trainer.abstract_state()
+  return state.params, state, abstract_batch(trainer.config, trainer.mesh)
+
+
+def test_training_only_parameters_do_not_change_inference(trainer_of):
+  params = trainer_of(1).abstract_state().params
+  inference = lightclip.inference_parameters(params)
+  assert set(inference) == {'image', 'text', 'image_projection', 'text_projection', 'logit_scale'}
+  other = config_lib.replace(TINY, model=dict(token_dim=8, fusion=dict(stages=((1, 1),))))
+  again = lightclip.inference_parameters(Trainer.create(other, trainer_of(1).mesh).abstract_state().params)
+  assert jax.tree.map(lambda x: x.shape, inference) == jax.tree.map(lambda x: x.shape, again)
