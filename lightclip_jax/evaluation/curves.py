@@ -25,8 +25,28 @@ class Level:
   value: float
 
 
+@dataclasses.dataclass(frozen=True)
+class _Frame:
+  """Where values lie in the picture."""
+  low: float
+  high: float
+  last: float                  # step
+
+  def x(self, step: float) -> float:
+    return LEFT + (WIDTH - LEFT - RIGHT) * step / self.last
+
+  def y(self, value: float) -> float:
+    share = (min(max(value, self.low), self.high) - self.low) / (self.high - self.low)
+    return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * share
+
+  def across(self, kind: str, value: float) -> str:
+    """A horizontal line."""
+    y = f'{self.y(value):.1f}'
+    return f'<line class="{kind}" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>'
+
+
 def smooth(values: Sequence[float], fraction: float = 0.03) -> np.ndarray:
-  """Centred moving average over a share of the curve; the window shrinks at the ends, so that these are not invented."""
+  """Centred moving average over a share of the curve; the window shrinks at the ends, so as to invent nothing there."""
   half = max(1, round(fraction * len(values) / 2))
   total = np.concatenate([[0.0], np.cumsum(np.asarray(values, np.float64))])
   at = np.arange(len(values))
@@ -44,17 +64,12 @@ def chart(lines: Sequence[Line], *, levels: Sequence[Level] = (), noisy: bool = 
     share: values are in [0, 1], the axis begins at 0 and is in per cent; points are marked.
   """
   lines = [_finite(line) for line in lines]
-  low, high = _range(lines, levels, share)
-  last = max(line.steps[-1] for line in lines) or 1
-  def x(step): return LEFT + (WIDTH - LEFT - RIGHT) * np.asarray(step) / last
-  def y(value): return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (np.clip(value, low, high) - low) / (high - low)
-  parts = _axes(x, y, (low, high), last, share)
+  frame = _Frame(*_range(lines, levels, share), max(line.steps[-1] for line in lines) or 1)
+  parts = _axes(frame, share)
   for level in levels:
-    if low <= level.value <= high:
-      parts.append(f'<line class="level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(level.value):.1f}" y2="{y(level.value):.1f}"/>'
-                   f'<text class="tick" x="{WIDTH - RIGHT}" y="{y(level.value) - 4:.1f}" text-anchor="end">{escape(level.label)}</text>')
+    parts += _level(level, frame)
   for line in lines:
-    parts += _curve(line, x, y, noisy, share)
+    parts += _curve(line, frame, noisy, share)
   return Markup(f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{"".join(parts)}</svg>')
 
 
@@ -83,30 +98,39 @@ def _range(lines, levels, share) -> tuple[float, float]:
   return (0.0 if share or 0 <= low < margin else low - margin), high + 2 * margin
 
 
-def _axes(x, y, limits, last, share) -> list[str]:
+def _axes(frame: _Frame, share: bool) -> list[str]:
   parts = []
-  for value in ticks(*limits):
+  for value in ticks(frame.low, frame.high):
     label = f'{100 * value:.4g} %' if share else f'{value:.4g}'
-    parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>'
-                 f'<text class="tick" x="{LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{label}</text>')
-  for step in ticks(0, last):
-    anchor = 'end' if x(step) > WIDTH - RIGHT - 14 else 'middle'
-    parts.append(f'<text class="tick" x="{x(step):.1f}" y="{HEIGHT - 8}" text-anchor="{anchor}">{step:,.0f}</text>')
+    parts += [frame.across('grid', value), _text(LEFT - 6, frame.y(value) + 4, 'end', label)]
+  for step in ticks(0, frame.last):
+    anchor = 'end' if frame.x(step) > WIDTH - RIGHT - 14 else 'middle'
+    parts.append(_text(frame.x(step), HEIGHT - 8, anchor, f'{step:,.0f}'))
   return parts
 
 
-def _curve(line: Line, x, y, noisy: bool, marked: bool) -> list[str]:
+def _level(level: Level, frame: _Frame) -> list[str]:
+  if not frame.low <= level.value <= frame.high:
+    return []
+  return [frame.across('level', level.value), _text(WIDTH - RIGHT, frame.y(level.value) - 4, 'end', level.label)]
+
+
+def _text(x: float, y: float, anchor: str, text: str) -> str:
+  return f'<text class="tick" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _curve(line: Line, frame: _Frame, noisy: bool, marked: bool) -> list[str]:
   colour = f'line-{line.colour}'
   shown = smooth(line.values) if noisy else line.values
-  parts = [f'<polyline class="raw {colour}" points="{_points(line, line.values, x, y)}"/>'] if noisy else []
-  parts.append(f'<polyline class="line {colour}" points="{_points(line, shown, x, y)}"/>')
+  parts = [f'<polyline class="raw {colour}" points="{_points(line.steps, line.values, frame)}"/>'] if noisy else []
+  parts.append(f'<polyline class="line {colour}" points="{_points(line.steps, shown, frame)}"/>')
   for step, value in zip(line.steps, line.values, strict=True) if marked else ():
-    parts.append(f'<circle class="dot {colour}" cx="{x(step):.1f}" cy="{y(value):.1f}" r="2.6">'
+    parts.append(f'<circle class="dot {colour}" cx="{frame.x(step):.1f}" cy="{frame.y(value):.1f}" r="2.6">'
                  f'<title>{escape(line.label)}, step {step:,}: {100 * value:.2f} %</title></circle>')
   return parts
 
 
-def _points(line: Line, values, x, y, limit: int = 600) -> str:
+def _points(steps: Sequence[float], values: Sequence[float], frame: _Frame, limit: int = 600) -> str:
   """At most `limit` points: a long run must not make a page of megabytes."""
   keep = np.unique(np.linspace(0, len(values) - 1, min(limit, len(values))).round().astype(int))
-  return ' '.join(f'{x(line.steps[i]):.1f},{y(values[i]):.1f}' for i in keep)
+  return ' '.join(f'{frame.x(steps[i]):.1f},{frame.y(values[i]):.1f}' for i in keep)

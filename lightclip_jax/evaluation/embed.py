@@ -45,7 +45,8 @@ class Embedder:
       UserError: for a batch size that is not a positive multiple of the number of processes.
     """
     if batch_size < 1 or batch_size % jax.process_count():
-      raise UserError(f'evaluation batch size is {batch_size}; it must be a multiple of the {jax.process_count()} processes')
+      raise UserError(f'evaluation batch size is {batch_size}; '
+                      f'it must be a positive multiple of the {jax.process_count()} processes')
     if sharding is None:
       sharding = NamedSharding(Mesh(np.asarray(jax.devices()), ('data',)), PartitionSpec('data'))
       variables = jax.device_put(variables, NamedSharding(sharding.mesh, PartitionSpec()))

@@ -12,16 +12,21 @@ from lightclip_jax.evaluation.session import Session
 from lightclip_jax.evaluation.tasks import prepared
 
 
-def evaluate_all(embedder: Embedder, folder: str, splits: Sequence[str]) -> list[Metric]:
+def evaluate_all(embedder: Embedder, folder: str | pathlib.Path, splits: Sequence[str]) -> list[Metric]:
   """Every metric of the named splits of any prepared folder. Class texts are embedded once for all splits.
 
   Raises:
     UserError: for a folder that is not prepared, or a split that it lacks.
   """
-  return run(Session(embedder, folder), {split: functools.partial(prepared.run, split=split) for split in splits})
+  return evaluate_splits(Session(embedder, folder), splits)
 
 
-def evaluate_tasks(embedder: Embedder, folder: str, names: Sequence[str]) -> list[Metric]:
+def evaluate_splits(session: Session, splits: Sequence[str]) -> list[Metric]:
+  """The same in a session that has more to do, such as the report's gallery, with the embeddings it already has."""
+  return run(session, {split: functools.partial(prepared.run, split=split) for split in splits})
+
+
+def evaluate_tasks(embedder: Embedder, folder: str | pathlib.Path, names: Sequence[str]) -> list[Metric]:
   """Every metric of the named registered tasks.
 
   Raises:

@@ -51,8 +51,9 @@ def make_gallery(session: Session, split: str, *, count: int = 48, guesses: int 
 
 
 def choose(keys: list[str], right_N: np.ndarray, count: int) -> list[int]:
-  """Indices of up to `count` examples, right and wrong alternating while both last, in the order of the keys' hashes."""
-  order = sorted(range(len(keys)), key=lambda i: hashlib.md5(keys[i].encode(), usedforsecurity=False).digest())
+  """Indices of up to `count` examples, right and wrong alternating while both last, in the order of their hashes."""
+  hashes = [hashlib.md5(key.encode(), usedforsecurity=False).digest() for key in keys]
+  order = sorted(range(len(keys)), key=hashes.__getitem__)
   right, wrong = [i for i in order if right_N[i]], [i for i in order if not right_N[i]]
   both = min(len(right), len(wrong))
   mixed = [i for pair in zip(right, wrong, strict=False) for i in pair]
@@ -61,5 +62,6 @@ def choose(keys: list[str], right_N: np.ndarray, count: int) -> list[int]:
 
 def _picture(record: Record, names: tuple[str, ...], probabilities_C: np.ndarray, guesses: int) -> Picture:
   best = np.argsort(-probabilities_C, kind='stable')[:guesses]
-  return Picture(transforms.evaluation_transform(transforms.decode(record.image), DRAWN), record.concept, record.style, record.licence,
+  image = transforms.evaluation_transform(transforms.decode(record.image), DRAWN)
+  return Picture(image, record.concept, record.style, record.licence,
                  tuple((names[i], float(probabilities_C[i])) for i in best))

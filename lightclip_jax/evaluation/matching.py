@@ -38,7 +38,8 @@ def make_matchings(
   embedder, decoded = session.embedder, [transforms.decode(records[i].image) for i in chosen]
   images = np.stack([transforms.evaluation_transform(image, embedder.image_size) for image in decoded])
   tokens_NxW = embedder.tokenizer.encode([records[i].captions[0] for i in chosen], embedder.context)
-  plan_NxPxW = plans(*embedder.tokens(images, tokens_NxW), embedder.tokenizer.word_mask(tokens_NxW), epsilon, num_iterations)
+  mask_NxW = embedder.tokenizer.word_mask(tokens_NxW)
+  plan_NxPxW = plans(*embedder.tokens(images, tokens_NxW), mask_NxW, epsilon, num_iterations)
   pictures = [transforms.evaluation_transform(image, DRAWN) for image in decoded]
   return [Matching(picture, records[i].style, records[i].licence, *_by_word(embedder.tokenizer, tokens_W, plan_PxW))
           for picture, i, tokens_W, plan_PxW in zip(pictures, chosen, tokens_NxW, plan_NxPxW, strict=True)]

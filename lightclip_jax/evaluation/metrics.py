@@ -28,7 +28,7 @@ def wilson(share: float, count: int, z: float = 1.959964) -> tuple[float, float]
   """Wilson's score interval for a share of `count` independent trials; it stays inside [0, 1] and holds at 0 and 1."""
   centre = (share + z * z / (2 * count)) / (1 + z * z / count)
   half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
-  return max(0.0, centre - half), min(1.0, centre + half)
+  return min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half))   # rounding must not leave it out
 
 
 def scalars(metrics: Iterable[Metric]) -> dict[str, float]:

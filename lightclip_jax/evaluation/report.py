@@ -21,23 +21,22 @@ from lightclip_jax.config import Config
 from lightclip_jax.evaluation import curves
 from lightclip_jax.evaluation.gallery import Picture
 from lightclip_jax.evaluation.matching import Matching
-from lightclip_jax.evaluation.metrics import Metric, percent
+from lightclip_jax.evaluation.metrics import Metric, percent, scalars
 
 Log = list[dict[str, float]]
 
 # The charts: log name -> title. What a run did not log is left out.
 LOSSES = {'train/loss': 'Total', 'train/loss_contrastive': 'Contrastive', 'train/loss_token_matching': 'Token matching',
           'train/loss_masked_lm': 'Masked words'}
-VITALS = {'train/in_batch_top1': 'In-batch top-1', 'train/logit_scale': 'Logit scale',
+VITALS = {'train/top1_image_to_text': 'In-batch top-1', 'train/logit_scale': 'Logit scale',
           'train/gradient_norm': 'Gradient norm', 'train/learning_rate': 'Learning rate',
-          'train/examples_per_second': 'Examples per second', 'train/data_wait': 'Waiting for data'}
+          'train/examples_per_second': 'Examples per second', 'train/data_wait': 'Time spent waiting for data'}
 # The accuracies: end of a metric's name -> title, in the order of the page; also the names in the table.
 ACCURACIES = {'concept_top1': 'Concept, top-1', 'concept_top5': 'Concept, top-5', 'group_top1': 'Group, top-1',
               'image_to_text_r1': 'Image → text, R@1', 'image_to_text_r5': 'Image → text, R@5',
               'image_to_text_r10': 'Image → text, R@10', 'text_to_image_r1': 'Text → image, R@1',
               'text_to_image_r5': 'Text → image, R@5', 'text_to_image_r10': 'Text → image, R@10'}
 CHARTED = ('concept_top1', 'concept_top5', 'group_top1', 'image_to_text_r10')
-TITLES = {'heldout_images': 'Held-out images', 'heldout_style': 'Held-out style', 'heldout_concepts': 'Held-out concepts'}
 HEADLINES = {'eval/heldout_style/concept_top1': 'drawings in a style it never saw',
              'eval/heldout_images/concept_top1': 'held-out images'}
 
@@ -49,6 +48,8 @@ def write_report(workdir: str | pathlib.Path, results: Sequence[Metric], gallery
   All text of the data (names, captions, styles) is escaped. With several processes, call it in one.
   """
   log = read_log(pathlib.Path(workdir) / 'metrics.jsonl')
+  if log:
+    log[-1] |= scalars(results)   # the curves end with the final results, whether these are in the file yet or not
   environment = jinja2.Environment(loader=jinja2.PackageLoader('lightclip_jax.evaluation'), autoescape=True,
                                    trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
   environment.filters.update(percent=percent, data_url=_data_url, overlay=_overlay)
@@ -84,8 +85,10 @@ def _headline(results: Sequence[Metric]) -> str:
   for name, what in HEADLINES.items():
     if name in by_name:
       metric = by_name[name]
+      times = metric.value / metric.chance
+      compared = f'{times:,.0f} times as often as chance' if times >= 2 else 'no better than chance yet'
       return (f'It names {percent(metric.value)} of {metric.count:,} {what} at the first guess among '
-              f'{round(1 / metric.chance):,} names, {metric.value / metric.chance:,.0f} times as often as chance.')
+              f'{round(1 / metric.chance):,} names, {compared}.')
   return ''
 
 
@@ -123,10 +126,18 @@ def _train_charts(log: Log, names: dict[str, str], config: Config) -> list[tuple
     if not rows:
       continue
     line = curves.Line(title, [row['step'] for row in rows], [row[name] for row in rows])
-    softmax = name == 'train/loss_contrastive' and config.objective.contrastive.kind == 'softmax'
-    levels = [curves.Level('chance: log B', math.log(config.train.batch_size))] if softmax else []
-    charts.append((title, f'{curves.smooth(line.values)[-1]:.4g}', curves.chart([line], levels=levels, noisy=True)))
+    svg = curves.chart([line], levels=_chance_levels(name, config), noisy=True)
+    charts.append((title, f'{curves.smooth(line.values)[-1]:.4g}', svg))
   return charts
+
+
+def _chance_levels(name: str, config: Config) -> list[curves.Level]:
+  """The loss of random answers: the log of how many there are to choose from."""
+  if name == 'train/loss_contrastive' and config.objective.contrastive.kind == 'softmax':
+    return [curves.Level('chance: log B', math.log(config.train.batch_size))]
+  if name == 'train/loss_token_matching':
+    return [curves.Level('chance: log of the group', math.log(config.objective.token_matching.group_size))]
+  return []
 
 
 def _accuracy_charts(log: Log, results: Sequence[Metric]) -> list[tuple[str, Markup]]:
@@ -137,10 +148,11 @@ def _accuracy_charts(log: Log, results: Sequence[Metric]) -> list[tuple[str, Mar
     lines, names = [], [f'eval/{split}/{end}' for split in _splits(log)]
     for colour, name in enumerate(names):
       rows = [row for row in log if math.isfinite(row.get(name, math.nan))]
-      if rows:
-        lines.append(curves.Line(_title(name.split('/')[1]), [r['step'] for r in rows], [r[name] for r in rows], colour))
+      if len(rows) > 1:
+        steps, values = [row['step'] for row in rows], [row[name] for row in rows]
+        lines.append(curves.Line(_title(name.split('/')[1]), steps, values, colour))
     known = {chance[name] for name in names if chance.get(name)}
-    levels = [curves.Level('chance', known.pop())] if len(known) == 1 else []   # retrieval's differs from split to split
+    levels = [curves.Level('chance', known.pop())] if len(known) == 1 else []   # else it differs by split
     if lines:
       charts.append((ACCURACIES[end], curves.chart(lines, levels=levels, share=True)))
   return charts
@@ -153,7 +165,7 @@ def _splits(log: Log) -> dict[str, str]:
 
 
 def _title(split: str) -> str:
-  return TITLES.get(split, split.replace('_', ' ').capitalize())
+  return split.replace('heldout', 'held-out').replace('_', ' ').capitalize()
 
 
 def _data_url(image: np.ndarray) -> str:
@@ -164,7 +176,11 @@ def _data_url(image: np.ndarray) -> str:
 
 
 def _overlay(heat_GxG: np.ndarray) -> str:
-  """White over the cold and magenta over the hot parts: one pixel a patch, which the browser enlarges smoothly."""
-  share = (heat_GxG / max(float(heat_GxG.max()), 1e-12))[..., None]
+  """White where the heat is average or less, magenta where it is highest: one pixel a patch, enlarged by the browser.
+
+  Full colour needs three times the average, so that an even spread does not look like a finding.
+  """
+  mean, most = float(heat_GxG.mean()), float(heat_GxG.max())
+  share = np.clip((heat_GxG - mean) / max(most - mean, 2 * mean, 1e-12), 0, 1)[..., None]
   colour = np.array([255, 255, 255]) * (1 - share) + np.array([208, 0, 120]) * share
   return _data_url(np.concatenate([colour, 110 + 90 * share], axis=2).round().astype(np.uint8))

@@ -3,6 +3,7 @@
 Letters: N images, T texts, D embedding.
 """
 import functools
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from lightclip_jax.evaluation.embed import Embedder
 class Session:
   """One model on one prepared folder; embeddings are kept while it lives."""
 
-  def __init__(self, embedder: Embedder, folder: str):
+  def __init__(self, embedder: Embedder, folder: str | pathlib.Path):
     self.embedder, self.folder, self.manifest = embedder, folder, manifest.load(folder)
     self._texts: dict[str, np.ndarray] = {}
     self.images = functools.cache(self._images)

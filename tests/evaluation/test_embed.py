@@ -102,7 +102,7 @@ def test_processes_share_the_texts(monkeypatch):
   for process in (0, 1):
     monkeypatch.setattr(jax, 'process_index', lambda process=process: process)
     rows = list(make(8)._token_batches(np.arange(10)[:, None]))
-    assert [len(tokens) for tokens, _ in rows] == [4, 4]                       # the same number in each, or the collectives hang
+    assert [len(tokens) for tokens, _ in rows] == [4, 4]   # as many in each, or collectives hang
     seen += [i for _, index in rows for i in index if i >= 0]
   assert sorted(seen) == list(range(10))
 

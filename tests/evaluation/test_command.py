@@ -1,0 +1,92 @@
+"""The command, and gallery, matchings and report of a real (untrained) model on the data set of shapes."""
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from lightclip_jax import config, evaluate
+from lightclip_jax.data import pipeline
+from lightclip_jax.data.datasets import shapes
+from lightclip_jax.evaluation import evaluate as evaluation
+from lightclip_jax.evaluation import gallery, matching, metrics, report
+from lightclip_jax.evaluation.embed import Embedder
+from lightclip_jax.evaluation.session import Session
+from lightclip_jax.inference import checkpoint
+from lightclip_jax.models import lightclip
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  path = tmp_path_factory.mktemp('command') / 'shapes'
+  shapes.prepare(path, size=32)
+  return path
+
+
+@pytest.fixture(scope='module')
+def loaded(folder):
+  tokenizer = pipeline.load_tokenizer(folder)
+  small = config.replace(
+    config.Config(), data=dict(dataset=str(folder)), train=dict(batch_size=32), evaluation=dict(batch_size=48),
+    model=dict(embed_dim=16, token_dim=8, image=dict(size=32, width=0.1, stem_stride=1),
+               fusion=dict(stages=((1, 1),), heads=2),
+               text=dict(width=16, heads=2, depth=1, context=12, vocab_size=tokenizer.vocab_size)))
+  rng = np.random.default_rng(0)   # filled by hand, since compiling the initialisation takes longer than all the rest
+  shape = jax.eval_shape(lambda: lightclip.init_variables(small.model, jax.random.key(0)))
+  variables = {'params': jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), shape['params']),
+               'batch_stats': jax.tree.map(lambda x: np.ones(x.shape, np.float32), shape['batch_stats'])}
+  return checkpoint.Loaded(7, small, variables, tokenizer, {})
+
+
+@pytest.fixture(scope='module')
+def session(folder, loaded):
+  model = lightclip.LightCLIP(loaded.config.model)
+  return Session(Embedder(model, loaded.config.model, loaded.variables, loaded.tokenizer, batch_size=48), folder)
+
+
+def test_the_command_writes_what_the_function_measures(folder, loaded, session, monkeypatch, tmp_path, capsys):
+  monkeypatch.setattr(checkpoint, 'load', lambda path: loaded)
+  out = tmp_path / 'results.json'
+  evaluate.main(evaluate.parse(['--checkpoint=run', '--task=heldout_style', f'--out={out}']))
+  read = json.loads(out.read_text())
+  assert (read['checkpoint'], read['step']) == ('run', 7)
+  expected = metrics.scalars(evaluation.evaluate_splits(session, ['heldout_style']))
+  assert {m['name']: m['value'] for m in read['metrics']} == pytest.approx(expected)
+  assert 'heldout_style/concept_top1' in capsys.readouterr().out
+  evaluate.main(evaluate.parse(['--checkpoint=run', f'--out={out}']))
+  names = {m['name'].split('/')[1] for m in json.loads(out.read_text())['metrics']}
+  assert names == set(loaded.config.evaluation.splits)
+
+
+def test_embeddings_are_unit_vectors_whatever_the_batch(session, folder, loaded):
+  one = Embedder(session.embedder.model, loaded.config.model, loaded.variables, loaded.tokenizer, batch_size=24)
+  images = session.images('heldout_images')
+  np.testing.assert_allclose(np.linalg.norm(images, axis=1), 1, atol=1e-5)
+  np.testing.assert_allclose(Session(one, folder).images('heldout_images'), images, atol=1e-5)
+
+
+def test_report_of_a_real_model(session, loaded, tmp_path):
+  results = evaluation.evaluate_splits(session, ['heldout_style'])
+  pictures = gallery.make_gallery(session, 'heldout_style', count=6)
+  drawn = matching.make_matchings(session, 'heldout_style', count=2)
+  grid = drawn[0].heat[0].shape[0]
+  for one in drawn:
+    assert all(heat.shape == (grid, grid) for heat in one.heat)
+    total = sum(heat.sum() for heat in one.heat)
+    pieces = loaded.tokenizer.encode([' '.join(one.words)], 12)
+    assert total == pytest.approx(min(grid * grid, loaded.tokenizer.word_mask(pieces).sum()), rel=0.02)   # one-to-one
+  page = report.write_report(tmp_path, results, pictures, drawn, loaded.config).read_text(encoding='utf-8')
+  assert page.count('<article') == 6 and page.count('alt="where the model finds') == sum(len(m.words) for m in drawn)
+  assert all(picture.name in page for picture in pictures)
+
+
+@pytest.mark.parametrize('flags, words', [
+  (['--checkpoint=x', '--task=nope', '--out=o'], "error: unknown task 'nope'; there are: heldout_images"),
+  (['--checkpoint=/nowhere', '--out=o'], "error: '/nowhere' holds no checkpoint"),
+])
+def test_mistakes_are_one_line_and_exit_code_2(flags, words):
+  done = subprocess.run([sys.executable, '-m', 'lightclip_jax.evaluate', *flags], capture_output=True, text=True)
+  assert done.returncode == 2
+  assert words in done.stderr and done.stderr.count('\n') == 1

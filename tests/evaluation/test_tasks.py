@@ -1,0 +1,191 @@
+"""Tasks, gallery and matchings on a small prepared folder, with models whose answers are known."""
+import json
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lightclip_jax import config
+from lightclip_jax.data import pipeline
+from lightclip_jax.data.datasets import shapes
+from lightclip_jax.errors import UserError
+from lightclip_jax.evaluation import evaluate, gallery, matching, metrics, tasks
+from lightclip_jax.evaluation.embed import Embedder
+from lightclip_jax.evaluation.session import Session
+from lightclip_jax.evaluation.tasks import prepared
+
+SPLITS = ('heldout_images', 'heldout_style', 'heldout_concepts')
+MODEL = config.replace(config.Model(), image=dict(size=16), text=dict(context=8))
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  path = tmp_path_factory.mktemp('shapes') / 'shapes'
+  shapes.prepare(path, size=24)
+  return path
+
+
+class Oracle:
+  """Embeds an image as the text that `answer` gives for its record; each text has an axis of its own."""
+  image_size, batch_size, context, logit_scale = 16, 32, 8, 10.0
+
+  def __init__(self, folder, answer):
+    self.axes, self.answer, self.tokenizer = {}, answer, pipeline.load_tokenizer(folder)
+    self.by_split = {split: pipeline.evaluation_records(folder, split) for split in SPLITS}
+    self.asked = []
+
+  def texts(self, texts):
+    self.asked += texts
+    return np.eye(200, dtype=np.float32)[[self.axes.setdefault(text, len(self.axes)) for text in texts]]
+
+  def images(self, batches):
+    count = sum((batch['index'] >= 0).sum() for batch in batches)
+    records = next(records for records in self.by_split.values() if len(records) == count)
+    return np.eye(200, dtype=np.float32)[[self.axes.setdefault(self.answer(r), len(self.axes)) for r in records]]
+
+  def tokens(self, images, tokens):
+    rng = np.random.default_rng(0)
+    patches, words = rng.normal(size=(len(images), 16, 4)), rng.normal(size=(*tokens.shape, 4))
+    return tuple((x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32) for x in (patches, words))
+
+
+def test_splits_differ_in_size(folder):
+  counts = [len(records) for records in Oracle(folder, None).by_split.values()]
+  assert len(set(counts)) == 3   # what the oracle above tells them apart by
+
+
+def test_an_oracle_of_names_is_always_right_and_texts_are_embedded_once(folder):
+  oracle = Oracle(folder, lambda record: record.concept)
+  got = {m.name: m for m in evaluate.evaluate_all(oracle, folder, SPLITS)}
+  for split in SPLITS:
+    assert got[f'eval/{split}/concept_top1'].value == got[f'eval/{split}/text_to_image_r1'].value == 1.0
+    assert got[f'eval/{split}/concept_top1'].chance == pytest.approx(1 / 36)
+    assert got[f'eval/{split}/image_to_text_median_rank'].value == 1.0
+    assert got[f'eval/{split}/group_top1'].value == 0.0          # a name is no group: all groups tie at zero
+  style = oracle.by_split['heldout_style']
+  assert got['eval/heldout_style/concept_top1'].count == len(style) == 108
+  assert got['eval/heldout_style/text_to_image_r1'].count == 36            # each name once, three drawings each
+  assert len(oracle.asked) == len(set(oracle.asked)) == 36 + 6
+
+
+def test_an_oracle_of_groups_and_one_that_is_right_for_one_colour(folder):
+  groups = Oracle(folder, lambda record: record.group)
+  got = metrics.scalars(evaluate.evaluate_all(groups, folder, ['heldout_style']))
+  assert got['eval/heldout_style/group_top1'] == 1.0 and got['eval/heldout_style/concept_top1'] == 0.0
+  red = Oracle(folder, lambda record: record.concept if record.concept.startswith('red') else 'green bar')
+  got = metrics.scalars(evaluate.evaluate_all(red, folder, ['heldout_style']))
+  assert got['eval/heldout_style/concept_top1'] == pytest.approx(7 / 36)   # six red ones, and the green bar itself
+
+
+def test_captions_of_pairs_without_concepts(folder):
+  """All captions of an image are right for it when the data have no names."""
+  session = Session(Oracle(folder, lambda record: record.captions[3]), folder)
+  session.manifest = types.SimpleNamespace(name='pairs', concepts=(), groups=())
+  got = {m.name.split('/')[-1]: m for m in prepared.run(session, 'heldout_images')}
+  assert not [name for name in got if 'top' in name]
+  assert got['image_to_text_r1'].value == 1.0
+  texts = sum(len(r.captions) for r in session.records('heldout_images'))
+  assert got['text_to_image_r1'].count == texts
+  assert got['text_to_image_r1'].value == pytest.approx(len(session.records('heldout_images')) / texts)
+
+
+class Colours(nn.Module):
+  """A model on real batches: mean colours, and sums of token ids."""
+
+  def setup(self):
+    self.scale = self.param('scale', nn.initializers.ones, ())
+
+  def encode_image(self, images):
+    return self.scale * images.astype(jnp.float32).mean(axis=(1, 2)) / 255
+
+  def encode_text(self, tokens):
+    return self.scale * jnp.stack([jnp.cos(k * tokens.sum(axis=1).astype(jnp.float32)) for k in (1, 2, 3)], axis=-1)
+
+
+def test_one_and_eight_devices_give_the_same_metrics(folder):
+  results = []
+  for devices, batch_size in ((1, 7), (8, 7), (8, 64)):
+    sharding = NamedSharding(Mesh(np.asarray(jax.devices()[:devices]), ('data',)), PartitionSpec('data'))
+    variables = jax.device_put({'params': {'scale': 1.0}}, NamedSharding(sharding.mesh, PartitionSpec()))
+    embedder = Embedder(Colours(), MODEL, variables, pipeline.load_tokenizer(folder), sharding=sharding,
+                        batch_size=batch_size)
+    results.append(evaluate.evaluate_all(embedder, folder, SPLITS))
+  assert results[0] == results[1] == results[2]
+  assert len(results[0]) == 3 * 11
+
+
+def test_gallery_mixes_right_and_wrong_and_is_deterministic(folder):
+  answer = lambda record: record.concept if record.concept.startswith('red') else 'green bar'   # noqa: E731
+  pictures, again = (gallery.make_gallery(Session(Oracle(folder, answer), folder), 'heldout_style', count=12)
+                     for _ in range(2))
+  assert [p.name for p in pictures] == [p.name for p in again]
+  assert [p.right for p in pictures] == [True, False] * 6
+  for picture in pictures:
+    assert picture.image.shape == (96, 96, 3) and picture.image.dtype == np.uint8
+    assert len(picture.guesses) == 5 and picture.style == 'small' and picture.licence == 'Apache-2.0'
+    best = [p for _, p in picture.guesses]
+    assert best == sorted(best, reverse=True) and sum(best) <= 1 + 1e-6
+    assert best[0] == pytest.approx(np.exp(10) / (np.exp(10) + 35), rel=1e-5)
+
+
+@pytest.mark.parametrize('right, count, expected', [(3, 10, 10), (0, 10, 10), (20, 10, 10), (2, 50, 20)])
+def test_choose_takes_what_there_is(right, count, expected):
+  chosen = gallery.choose([f'k{i}' for i in range(20)], np.arange(20) < right, count)
+  assert len(chosen) == len(set(chosen)) == expected
+  assert sum(i < right for i in chosen) == min(right, count // 2 if right < 20 else count)
+
+
+def test_matchings_draw_each_word_on_a_square_grid(folder):
+  drawn = matching.make_matchings(Session(Oracle(folder, lambda r: r.concept), folder), 'heldout_style', count=5)
+  assert len(drawn) == 5
+  for one in drawn:
+    assert len(one.words) == len(one.heat) == 2 and one.image.shape == (128, 128, 3)
+    assert one.words[0] in shapes.COLOURS and one.words[1] in shapes.SHAPES
+    for heat in one.heat:
+      assert heat.shape == (4, 4) and (heat >= 0).all()
+
+
+def test_plans_match_each_word_once():
+  patches, words = np.eye(9, dtype=np.float32)[None], np.eye(9, dtype=np.float32)[None, [0, 4, 7, 2]]
+  plan = matching.plans(patches, words, np.array([[False, True, True, False]]), 0.01, 50)[0]
+  assert plan[:, [0, 3]].sum() == 0
+  np.testing.assert_allclose(plan[[4, 7], [1, 2]], 1.0, atol=1e-3)
+
+
+@pytest.mark.parametrize('pieces, words', [
+  (['▁red', '▁app', 'le'], ['red', 'apple']),
+  (['▁', 'red', '▁circle'], ['red', 'circle']),
+  (['re', 'd</w>', 'apple</w>'], ['red', 'apple']),
+  (['▁'], []), ([], []),
+])
+def test_pieces_join_to_words(pieces, words):
+  assert [''.join(word.values()) for word in matching.join_pieces(pieces)] == words
+
+
+def test_errors(folder, tmp_path):
+  with pytest.raises(UserError, match="unknown task 'heldout_stile'; there are: heldout_images, heldout_style"):
+    evaluate.evaluate_tasks(Oracle(folder, None), folder, ['heldout_style', 'heldout_stile'])
+  with pytest.raises(UserError, match="no split 'nothing'"):
+    evaluate.evaluate_all(Oracle(folder, None), folder, ['nothing'])
+  with pytest.raises(UserError, match='data folder'):
+    evaluate.evaluate_all(Oracle(folder, None), tmp_path / 'missing', SPLITS)
+
+
+def test_a_task_is_one_entry(folder, monkeypatch):
+  mine = lambda session: [metrics.Metric(f'eval/{session.manifest.name}/x', 0.5, 4, 0.25)]   # noqa: E731
+  monkeypatch.setitem(tasks.TASKS, 'mine', mine)
+  assert metrics.scalars(evaluate.evaluate_tasks(Oracle(folder, None), folder, ['mine'])) == {'eval/shapes/x': 0.5}
+
+
+def test_json_holds_value_count_chance_and_interval(folder, tmp_path):
+  results = evaluate.evaluate_all(Oracle(folder, lambda r: r.concept), folder, ['heldout_style'])
+  evaluate.write_json(tmp_path / 'new' / 'out.json', results, step=7)
+  read = json.loads((tmp_path / 'new' / 'out.json').read_text())
+  assert read['step'] == 7
+  first = read['metrics'][0]
+  assert first['name'] == 'eval/heldout_style/concept_top1' and first['count'] == 108 and first['value'] == 1.0
+  assert first['interval_95'] == pytest.approx([1 / (1 + 1.959964 ** 2 / 108), 1.0])   # Wilson at 1: n / (n + z²)
