@@ -60,7 +60,8 @@ def shifted_conv(x_BxHxWxC: jax.Array, kernel_3x3x1xC: jax.Array, stride: int) -
   return _unfused(lambda x, kernel: _shifted_sum(x, kernel, stride), kernel_3x3x1xC, x_BxHxWxC, kernel_3x3x1xC)
 
 
-def _shifted_conv_forward(x: jax.Array, kernel: jax.Array, stride: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+def _shifted_conv_forward(x: jax.Array, kernel: jax.Array,
+                          stride: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
   return shifted_conv(x, kernel, stride), (x, kernel)
 
 

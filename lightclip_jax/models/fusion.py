@@ -26,7 +26,8 @@ class Injection(nn.Module):
     if self.op == 'add':
       out = layers.Dense(width, name='project')(patches_BxPxc.mean(1, keepdims=True))
     else:
-      query = layers.Dense(width, name='query')(nn.LayerNorm(1e-5, dtype=hidden_BxWxC.dtype, name='text_norm')(hidden_BxWxC))
+      words_BxWxC = nn.LayerNorm(1e-5, dtype=hidden_BxWxC.dtype, name='text_norm')(hidden_BxWxC)
+      query = layers.Dense(width, name='query')(words_BxWxC)
       keys_values = layers.Dense(2 * width, name='key_value')(patches_BxPxc)
       q, k, v = (x.reshape(batch, -1, self.heads, width // self.heads) for x in (query, *jnp.split(keys_values, 2, -1)))
       out = layers.Dense(width, name='out')(layers.attention(q, k, v).reshape(hidden_BxWxC.shape))

@@ -166,7 +166,7 @@ def inference_parameters(params: dict[str, Any]) -> dict[str, Any]:
 
 @jax.custom_vjp
 def clipped_scale(log_scale: jax.Array) -> jax.Array:
-  """exp(log_scale), at most 100. At the cap only a gradient that lowers the scale passes: it can come back from there."""
+  """exp(log_scale), at most 100. At the cap only a gradient that lowers the scale passes: it can come back."""
   return jnp.minimum(jnp.exp(log_scale), MAX_SCALE)
 
 

@@ -1,4 +1,4 @@
-"""Swin-Nano: a Swin Transformer (Liu et al. 2021, arXiv:2103.14030) of width 48; structure and numbers of timm's `swin`.
+"""Swin-Nano: a Swin Transformer (Liu et al. 2021, arXiv:2103.14030) of width 48; structure and numbers of timm's.
 
 Letters: B batch, H height, W width, C channels, N heads, w window side, T = w² tokens of a window, n windows.
 """
@@ -66,7 +66,7 @@ class PatchMerging(nn.Module):
 
 
 class SwinNano(nn.Module):
-  """The tower: stage maps at strides 4, 8, 16, 32; the normed last one is the token grid, its mean is the pooled feature."""
+  """The tower: stage maps at strides 4, 8, 16, 32; the last one normed is the token grid, whose mean is pooled."""
   patch_size: int = PATCH
   window: int = 7
   drop_path: float = 0.0
@@ -113,9 +113,10 @@ def _relative_positions(window: int) -> np.ndarray:
 
 
 def _shift_mask(height: int, width: int, window: int, shift: int) -> np.ndarray:
-  """`BLOCKED` between tokens of a window that the cyclic shift brought together: float32 [n, 1, T, T]; n = 1 without."""
+  """`BLOCKED` between tokens that only the cyclic shift brought into one window: float32 [n, 1, T, T]; n = 1 without."""
   if shift == 0:
     return np.zeros((1, 1, window * window, window * window), np.float32)
+
   def regions(size: int) -> np.ndarray:
     return np.digitize(np.arange(size), [size - window, size - shift])
   region = 3 * regions(height)[:, None] + regions(width)[None, :]
