@@ -2,8 +2,8 @@
 
     python benchmarks/tower_cpu.py --tower mobilenet_v2 --size 64 --width 0.5 --batch 128 --out tower.json
 
-"plain" is the same module tree with `nn.Conv` and `nn.BatchNorm`, so that the ratio is what this project's layers bring.
-The two alternate, and the medians are compared. `cpu_ratio` compares processor time, which a busy machine disturbs less.
+"plain" is the same module tree with `nn.Conv` and `nn.BatchNorm`, so that the ratio is what these layers bring.
+The two alternate, and medians are compared; `cpu_ratio` is of processor time, which a busy machine disturbs less.
 """
 import argparse
 import functools
@@ -31,7 +31,8 @@ class PlainConv(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     half = self.kernel_size // 2
-    return nn.Conv(self.features, (self.kernel_size,) * 2, self.stride, [(half, half)] * 2, use_bias=False, dtype=x.dtype)(x)
+    return nn.Conv(self.features, (self.kernel_size,) * 2, self.stride, [(half, half)] * 2, use_bias=False,
+                   dtype=x.dtype)(x)
 
 
 class PlainDepthwise(nn.Module):
@@ -41,7 +42,8 @@ class PlainDepthwise(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     channels = x.shape[-1]
-    return nn.Conv(channels, (3, 3), self.stride, [(1, 1)] * 2, feature_group_count=channels, use_bias=False, dtype=x.dtype)(x)
+    return nn.Conv(channels, (3, 3), self.stride, [(1, 1)] * 2, feature_group_count=channels, use_bias=False,
+                   dtype=x.dtype)(x)
 
 
 class PlainNorm(nn.Module):

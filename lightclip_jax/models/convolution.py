@@ -24,12 +24,19 @@ def conv(x_BxHxWxC: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
                                   dimension_numbers=_LAYOUT)
 
 
-def dense(x: jax.Array, kernel_CxD: jax.Array) -> jax.Array:
-  """x [B, ..., C] times the kernel, as a product of two matrices.
+def dense(x: jax.Array, kernel_CxD: jax.Array, bias_D: jax.Array | None = None) -> jax.Array:
+  """x [B, ..., C] times the kernel, plus the bias, as a product of two matrices.
 
   With more axes XLA:CPU transposes copies of x and of the gradient for the kernel's gradient.
   """
-  return (x.reshape(-1, x.shape[-1]) @ kernel_CxD).reshape(*x.shape[:-1], -1)
+  y = x.reshape(-1, x.shape[-1]) @ kernel_CxD
+  y = y if bias_D is None else y + bias_D[None]
+  return y.reshape(*x.shape[:-1], -1)
+
+
+def max_pool(x_BxHxWxC: jax.Array) -> jax.Array:
+  """The maximum of 3×3 neighbours at stride 2, padded by 1 (with −∞): [B, H, W, C] -> [B, ⌈H/2⌉, ⌈W/2⌉, C]."""
+  return lax.reduce_window(x_BxHxWxC, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), ((0, 0), (1, 1), (1, 1), (0, 0)))
 
 
 def depthwise_conv(x_BxHxWxC: jax.Array, kernel_3x3x1xC: jax.Array, stride: int) -> jax.Array:
@@ -53,7 +60,8 @@ def shifted_conv(x_BxHxWxC: jax.Array, kernel_3x3x1xC: jax.Array, stride: int) -
   return _unfused(lambda x, kernel: _shifted_sum(x, kernel, stride), kernel_3x3x1xC, x_BxHxWxC, kernel_3x3x1xC)
 
 
-def _shifted_conv_forward(x: jax.Array, kernel: jax.Array, stride: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+def _shifted_conv_forward(x: jax.Array, kernel: jax.Array,
+                          stride: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
   return shifted_conv(x, kernel, stride), (x, kernel)
 
 

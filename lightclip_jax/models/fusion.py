@@ -1,9 +1,8 @@
 """Fusion of image features into masked text, and the masked-language-model head: both exist in training only.
 
-Letters: B batch, W text positions, C text width, P patches, K masked positions, V vocabulary; H, h heights, w widths, c channels.
+Letters: B batch, W text positions, C text width, P patches, K masked positions, V vocabulary;
+H, h heights, w widths, c channels of an image map.
 """
-import functools
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -22,16 +21,16 @@ class Injection(nn.Module):
   def __call__(self, hidden_BxWxC: jax.Array, map_Bxhxwxc: jax.Array) -> jax.Array:
     """Words query the stage's patches ("cross_attention"), or get its projected mean ("add")."""
     batch, _, width = hidden_BxWxC.shape
-    dense = functools.partial(nn.Dense, dtype=hidden_BxWxC.dtype, kernel_init=layers.trunc_normal)
     patches_BxPxc = nn.LayerNorm(1e-5, dtype=hidden_BxWxC.dtype, name='image_norm')(
         map_Bxhxwxc.reshape(batch, -1, map_Bxhxwxc.shape[-1]).astype(hidden_BxWxC.dtype))
     if self.op == 'add':
-      out = dense(width, name='project')(patches_BxPxc.mean(1, keepdims=True))
+      out = layers.Dense(width, name='project')(patches_BxPxc.mean(1, keepdims=True))
     else:
-      query = dense(width, name='query')(nn.LayerNorm(1e-5, dtype=hidden_BxWxC.dtype, name='text_norm')(hidden_BxWxC))
-      keys_values = dense(2 * width, name='key_value')(patches_BxPxc)
+      words_BxWxC = nn.LayerNorm(1e-5, dtype=hidden_BxWxC.dtype, name='text_norm')(hidden_BxWxC)
+      query = layers.Dense(width, name='query')(words_BxWxC)
+      keys_values = layers.Dense(2 * width, name='key_value')(patches_BxPxc)
       q, k, v = (x.reshape(batch, -1, self.heads, width // self.heads) for x in (query, *jnp.split(keys_values, 2, -1)))
-      out = dense(width, name='out')(layers.attention(q, k, v).reshape(hidden_BxWxC.shape))
+      out = layers.Dense(width, name='out')(layers.attention(q, k, v).reshape(hidden_BxWxC.shape))
     gate_C = self.param('gate', nn.initializers.zeros, (width,)).astype(hidden_BxWxC.dtype)
     return hidden_BxWxC + jnp.broadcast_to(gate_C, out.shape) * out
 
@@ -46,7 +45,7 @@ class Fusion(nn.Module):
 
   def __call__(self, blocks_done: int, hidden_BxWxC: jax.Array, stages: tuple[jax.Array, ...]) -> jax.Array:
     """The hidden state after text block `blocks_done`, with what belongs there added."""
-    for injection, (stage, block) in zip(self.injections, self.fusion.stages):
+    for injection, (stage, block) in zip(self.injections, self.fusion.stages, strict=True):
       if block == blocks_done:
         hidden_BxWxC = injection(hidden_BxWxC, _pool_to(stages[stage - 1], stages[-1].shape[1:3]))
     return hidden_BxWxC
@@ -59,7 +58,7 @@ class MaskedLMHead(nn.Module):
   @nn.compact
   def __call__(self, hidden_BxKxC: jax.Array) -> tuple[jax.Array, jax.Array]:
     """-> ([B, K, C] to multiply by the token embeddings, bias [V])."""
-    x = nn.Dense(hidden_BxKxC.shape[-1], dtype=hidden_BxKxC.dtype, kernel_init=layers.trunc_normal, name='hidden')(hidden_BxKxC)
+    x = layers.Dense(hidden_BxKxC.shape[-1], name='hidden')(hidden_BxKxC)
     x = nn.LayerNorm(1e-5, dtype=x.dtype, name='norm')(layers.gelu(x))
     return x, self.param('bias', nn.initializers.zeros, (self.vocab_size,))
 

@@ -2,10 +2,13 @@
 from flax import linen as nn
 
 from lightclip_jax import config
-from lightclip_jax.models import layers, mobilenet_v2
+from lightclip_jax.models import layers, mobilenet_v2, resnet, swin, vit
 
 TOWERS = {
     'mobilenet_v2': mobilenet_v2.build,
+    'resnet18': resnet.build,
+    'swin_nano': swin.build,
+    'vit_ti': vit.build,
 }
 
 

@@ -29,7 +29,7 @@ def gelu(x: jax.Array) -> jax.Array:
 
 
 class Conv(nn.Module):
-  """A convolution without bias, padded by kernel // 2 on both sides as in PyTorch (XLA's "SAME" differs for strides)."""
+  """A convolution without bias, padded by kernel // 2 on both sides as PyTorch does ("SAME" differs for strides)."""
   features: int
   kernel_size: int = 3
   stride: int = 1
@@ -53,10 +53,23 @@ class DepthwiseConv(nn.Module):
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-  """softmax(q kᵀ / √K + bias) v: q [..., T, N, K], k and v [..., S, N, K], bias [..., N or 1, T, S]; the softmax is float32."""
+  """softmax(q kᵀ / √K + bias) v, softmax in float32: q [..., T, N, K]; k, v [..., S, N, K]; bias [..., N or 1, T, S]."""
   logits = jnp.einsum('...tnk,...snk->...nts', q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
   weights = jax.nn.softmax(logits if bias is None else logits + bias, axis=-1)
   return jnp.einsum('...nts,...snk->...tnk', weights.astype(v.dtype), v)
+
+
+class Dense(nn.Module):
+  """x [B, ..., C] -> [B, ..., features]."""
+  features: int
+  use_bias: bool = True
+  kernel_init: nn.initializers.Initializer = trunc_normal
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    kernel = self.param('kernel', self.kernel_init, (x.shape[-1], self.features)).astype(x.dtype)
+    bias = self.param('bias', nn.initializers.zeros, (self.features,)).astype(x.dtype) if self.use_bias else None
+    return convolution.dense(x, kernel, bias)
 
 
 class SelfAttention(nn.Module):
@@ -68,10 +81,10 @@ class SelfAttention(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
     width = x.shape[-1]
-    qkv = nn.Dense(3 * width, dtype=x.dtype, kernel_init=self.kernel_init, name='qkv')(x)
+    qkv = Dense(3 * width, kernel_init=self.kernel_init, name='qkv')(x)
     qkv = qkv.reshape(*x.shape[:-1], 3, self.heads, width // self.heads)
     out = attention(qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :], bias)
-    return nn.Dense(width, dtype=x.dtype, kernel_init=self.out_init, name='out')(out.reshape(x.shape))
+    return Dense(width, kernel_init=self.out_init, name='out')(out.reshape(x.shape))
 
 
 class MLP(nn.Module):
@@ -81,8 +94,44 @@ class MLP(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    hidden = gelu(nn.Dense(4 * x.shape[-1], dtype=x.dtype, kernel_init=self.hidden_init, name='hidden')(x))
-    return nn.Dense(x.shape[-1], dtype=x.dtype, kernel_init=self.out_init, name='out')(hidden)
+    hidden = gelu(Dense(4 * x.shape[-1], kernel_init=self.hidden_init, name='hidden')(x))
+    return Dense(x.shape[-1], kernel_init=self.out_init, name='out')(hidden)
+
+
+class PatchEmbed(nn.Module):
+  """Non-overlapping patches, each projected: [B, H, W, 3] -> [B, H / patch, W / patch, features]."""
+  features: int
+  patch: int
+
+  @nn.compact
+  def __call__(self, x_BxHxWxC: jax.Array) -> jax.Array:
+    batch, height, width, channels = x_BxHxWxC.shape
+    p, h, w = self.patch, height // self.patch, width // self.patch
+    init = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
+    kernel = self.param('kernel', init, (p, p, channels, self.features)).astype(x_BxHxWxC.dtype)
+    bias = self.param('bias', nn.initializers.zeros, (self.features,)).astype(x_BxHxWxC.dtype)
+    patches = x_BxHxWxC.reshape(batch, h, p, w, p, channels).transpose(0, 1, 3, 2, 4, 5).reshape(batch, h, w, -1)
+    return convolution.dense(patches, kernel.reshape(-1, self.features), bias)
+
+
+class TransformerBlock(nn.Module):
+  """x + attention(norm(x)), then x + mlp(norm(x)); each branch may be dropped, whole or by element."""
+  heads: int
+  epsilon: float
+  rate: float = 0.0
+  whole: bool = True
+  attention_inits: tuple[nn.initializers.Initializer, ...] = (trunc_normal, trunc_normal)
+  mlp_inits: tuple[nn.initializers.Initializer, ...] = (trunc_normal, trunc_normal)
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool, example_index: jax.Array | None,
+               bias: jax.Array | None = None) -> jax.Array:
+    y = nn.LayerNorm(self.epsilon, dtype=x.dtype, name='attention_norm')(x)
+    y = SelfAttention(self.heads, *self.attention_inits, name='attention')(y, bias)
+    x = x + ExampleDropout(self.rate, self.whole, name='drop_attention')(y, example_index, train)
+    y = nn.LayerNorm(self.epsilon, dtype=x.dtype, name='mlp_norm')(x)
+    y = MLP(*self.mlp_inits, name='mlp')(y)
+    return x + ExampleDropout(self.rate, self.whole, name='drop_mlp')(y, example_index, train)
 
 
 class ExampleDropout(nn.Module):
@@ -113,12 +162,20 @@ def check_unused(config: Any, default: Any, *names: str) -> None:
                       f'leave it at {getattr(default, name)!r}')
 
 
-def check_size(size: int, multiple: int, what: str) -> None:
-  """Raises UserError unless the image size is a positive multiple; the nearest sizes that fit are named."""
-  if size < multiple or size % multiple:
-    low = max(size // multiple, 1) * multiple
-    fits = f'{low}' if size < multiple else f'{low} and {low + multiple}'
-    raise UserError(f'model.image.size is {size}, which is not a multiple of {multiple} ({what}); {fits} would fit')
+def check_size(size: int, fits: Callable[[int], bool], what: str) -> None:
+  """Raises UserError unless the image size fits; the nearest sizes that do are named."""
+  if size < 1 or not fits(size):
+    below = next((s for s in range(size - 1, 0, -1) if fits(s)), None)
+    above = next((s for s in range(max(size, 0) + 1, size + 4096) if fits(s)), None)
+    nearest = ' and '.join(str(s) for s in (below, above) if s)
+    raise UserError(f'model.image.size is {size}, which is not {what}; the nearest that fit: {nearest or "none"}')
+
+
+def positive_patch(image: Any, default: int) -> int:
+  """The patch size of the config, or the tower's own where it is 0. Raises UserError for a negative one."""
+  if image.patch_size < 0:
+    raise UserError(f'model.image.patch_size is {image.patch_size}; it can be 0 (the tower\'s own, {default}) or more')
+  return image.patch_size or default
 
 
 def drop_path_rates(last: float, depth: int) -> tuple[float, ...]:
@@ -135,4 +192,5 @@ def check_stem(image: Any) -> None:
     raise UserError(f'model.image.stem_stride is {image.stem_stride}; it can be 1 or 2')
   if not image.width > 0:
     raise UserError(f'model.image.width is {image.width}; it must be above 0')
-  check_size(image.size, 16 * image.stem_stride, f'the stride of {image.name} with stem_stride {image.stem_stride}')
+  stride = 16 * image.stem_stride
+  check_size(image.size, lambda size: size % stride == 0, f'a multiple of the stride {stride} of {image.name}')

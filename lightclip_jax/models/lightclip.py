@@ -26,7 +26,8 @@ TRAINING_ONLY = 'training_only'
 SHARDING_RULES = (Rule('.*'),)
 
 # A linear map without bias whose weights start with standard deviation width ** -0.5, as CLIP's projections do.
-Projection = functools.partial(nn.Dense, use_bias=False, kernel_init=nn.initializers.variance_scaling(1.0, 'fan_in', 'normal'))
+Projection = functools.partial(layers.Dense, use_bias=False,
+                               kernel_init=nn.initializers.variance_scaling(1.0, 'fan_in', 'normal'))
 
 
 class TrainingOnly(nn.Module):
@@ -92,9 +93,12 @@ class LightCLIP(nn.Module):
       text_end, text_BxWxC = self.text(tokens_BxW, train=train, example_index=example_index_B)
       logits = None
     else:
-      text_end, text_BxWxC, hidden_BxWxC = self._fused_text(image, tokens_BxW, masked_tokens_BxW, train, example_index_B)
-      logits = self._masked_lm(hidden_BxWxC, masked_positions_BxK)
-    image_tokens, text_tokens = self.training_only.tokens(image.tokens_BxHxWxF, text_BxWxC) if token_heads else (None, None)
+      text_end, text_BxWxC, masked_BxWxC = self._fused_text(image, tokens_BxW, masked_tokens_BxW, train,
+                                                            example_index_B)
+      logits = self._masked_lm(masked_BxWxC, masked_positions_BxK)
+    image_tokens, text_tokens = None, None
+    if token_heads:
+      image_tokens, text_tokens = self.training_only.tokens(image.tokens_BxHxWxF, text_BxWxC)
     return Outputs(_unit(self.image_projection(image.pooled_BxF)), _unit(self.text_projection(text_end)),
                    image_tokens, text_tokens, logits)
 
@@ -118,17 +122,17 @@ class LightCLIP(nn.Module):
 
   def _fused_text(self, image: layers.ImageFeatures, tokens_BxW: jax.Array, masked_tokens_BxW: jax.Array, train: bool,
                   example_index_B: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Plain and masked text as one pass; a new leading axis of 2 keeps the batch axis sharded as it was."""
-    def inject(blocks_done: int, hidden_2xBxWxC: jax.Array) -> jax.Array:
+    """Plain and masked text as one pass; the new axis of 2 stands after the batch axis, which may be sharded."""
+    def inject(blocks_done: int, hidden_Bx2xWxC: jax.Array) -> jax.Array:
       if all(block != blocks_done for _, block in self.config.fusion.stages):
-        return hidden_2xBxWxC
-      plain, masked = hidden_2xBxWxC
-      return jnp.stack([plain, self.training_only.fusion(blocks_done, masked, image.stages)])
+        return hidden_Bx2xWxC
+      masked_BxWxC = self.training_only.fusion(blocks_done, hidden_Bx2xWxC[:, 1], image.stages)
+      return jnp.stack([hidden_Bx2xWxC[:, 0], masked_BxWxC], axis=1)
 
     index_B = jnp.arange(tokens_BxW.shape[0]) if example_index_B is None else example_index_B
-    ends, hidden = self.text(jnp.stack([tokens_BxW, masked_tokens_BxW]), inject, train=train,
-                             example_index=jnp.stack([index_B, ~index_B]))   # ~: other masks for the masked text
-    return ends[0], hidden[0], hidden[1]
+    ends, hidden = self.text(jnp.stack([tokens_BxW, masked_tokens_BxW], axis=1), inject, train=train,
+                             example_index=jnp.stack([index_B, ~index_B], axis=1))   # ~: other masks for masked text
+    return ends[:, 0], hidden[:, 0], hidden[:, 1]
 
   def _masked_lm(self, hidden_BxWxC: jax.Array, masked_positions_BxK: jax.Array) -> jax.Array:
     """Float32 logits [B, K, V] at the masked positions only."""
@@ -141,7 +145,7 @@ class LightCLIP(nn.Module):
 def normalize(images_BxHxWx3: jax.Array, dtype: jnp.dtype) -> jax.Array:
   """(x / 255 − mean) / std as one multiply-add on the device: uint8 [B, H, W, 3] -> dtype."""
   factor = jnp.array([1 / (255 * s) for s in IMAGE_STD], jnp.float32).reshape(1, 1, 1, 3)
-  offset = jnp.array([-m / s for m, s in zip(IMAGE_MEAN, IMAGE_STD)], jnp.float32).reshape(1, 1, 1, 3)
+  offset = jnp.array([-m / s for m, s in zip(IMAGE_MEAN, IMAGE_STD, strict=True)], jnp.float32).reshape(1, 1, 1, 3)
   return (images_BxHxWx3.astype(jnp.float32) * factor + offset).astype(dtype)
 
 
@@ -172,7 +176,7 @@ def inference_parameters(params: dict[str, Any]) -> dict[str, Any]:
 
 @jax.custom_vjp
 def clipped_scale(log_scale: jax.Array) -> jax.Array:
-  """exp(log_scale), at most 100. At the cap only a gradient that lowers the scale passes, so that it cannot stick there."""
+  """exp(log_scale), at most 100. At the cap only a gradient that lowers the scale passes: it can come back."""
   return jnp.minimum(jnp.exp(log_scale), MAX_SCALE)
 
 

@@ -2,8 +2,6 @@
 
 Letters: B batch, H height, W width, C channels, F features.
 """
-import functools
-
 import jax
 from flax import linen as nn
 
@@ -47,15 +45,19 @@ class MobileNetV2(nn.Module):
   stem_stride: int = 2
 
   @nn.compact
-  def __call__(self, x_BxHxWx3: jax.Array, train: bool, example_index_B: jax.Array | None = None) -> layers.ImageFeatures:
+  def __call__(self, x_BxHxWx3: jax.Array, train: bool,
+               example_index_B: jax.Array | None = None) -> layers.ImageFeatures:
     del example_index_B   # no dropout in this tower
-    scaled = functools.partial(lambda channels: round_channels(channels * self.width))
+    def scaled(channels: int) -> int:
+      return round_channels(channels * self.width)
+
     x = layers.Conv(scaled(32), 3, self.stem_stride, name='stem')(x_BxHxWx3)
     x = self.norm(activation='relu6', name='stem_norm')(x, train)
     maps = []
     for s, (expansion, channels, blocks, stride) in enumerate(STAGES):
       for b in range(blocks):
-        x = InvertedResidual(scaled(channels), expansion, stride if b == 0 else 1, self.norm, name=f'block{s}_{b}')(x, train)
+        block = InvertedResidual(scaled(channels), expansion, 1 if b else stride, self.norm, name=f'block{s}_{b}')
+        x = block(x, train)
       if s in MAPS_AFTER:
         maps.append(x)
     x = layers.Conv(max(1280, scaled(1280)), 1, name='head')(x)
@@ -64,7 +66,7 @@ class MobileNetV2(nn.Module):
 
 
 def build(image: config.ImageTower, norm: layers.Norm) -> MobileNetV2:
-  """The tower of this config. Raises UserError for an option it has no use for, or a size its stride does not divide."""
+  """The tower of this config. Raises UserError for an option it has no use for, or a size its stride cannot divide."""
   layers.check_unused(image, config.ImageTower(), 'patch_size', 'window', 'drop_path')
   layers.check_stem(image)
   return MobileNetV2(norm, image.width, image.stem_stride)

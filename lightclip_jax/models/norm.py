@@ -68,7 +68,8 @@ class BatchNorm(nn.Module):
     mean_GxC, var_GxC = _moments(x_GxNxHxWxC)
     self._sow('mean', mean_GxC)
     self._sow('var', var_GxC)
-    return _affine(x_GxNxHxWxC, mean_GxC, var_GxC, scale_C[None], bias_C[None], self.epsilon, self.activation).reshape(x_BxHxWxC.shape)
+    y = _affine(x_GxNxHxWxC, mean_GxC, var_GxC, scale_C[None], bias_C[None], self.epsilon, self.activation)
+    return y.reshape(x_BxHxWxC.shape)
 
   def _sow(self, name: str, value_GxC: jax.Array) -> None:
     self.sow(STATISTICS, name, jax.lax.stop_gradient(value_GxC), reduce_fn=lambda _, new: new, init_fn=lambda: None)

@@ -16,26 +16,9 @@ Inject = Callable[[int, jax.Array], jax.Array]
 
 
 def valid_positions(tokens_W: jax.Array, end_id: int) -> jax.Array:
-  """True up to the first end token, itself included; everywhere where there is none. int32 [..., W] -> bool [..., W]."""
+  """int32 [..., W] -> bool [..., W]: true up to the first end token, itself included; all true where there is none."""
   ends = (tokens_W == end_id).astype(jnp.int32)
   return jnp.cumsum(ends, axis=-1) - ends == 0
-
-
-class Block(nn.Module):
-  """x + attention(norm(x)), then x + mlp(norm(x))."""
-  text: config.TextTower
-
-  @nn.compact
-  def __call__(self, x: jax.Array, bias: jax.Array, example_index: jax.Array | None, train: bool) -> jax.Array:
-    normal, width, depth = nn.initializers.normal, self.text.width, self.text.depth
-    out_init = normal(width ** -0.5 * (2 * depth) ** -0.5)
-    drop = layers.ExampleDropout(self.text.dropout, name='drop_attention')
-    y = nn.LayerNorm(1e-5, dtype=x.dtype, name='attention_norm')(x)
-    y = layers.SelfAttention(self.text.heads, normal(width ** -0.5), out_init, name='attention')(y, bias)
-    x = x + drop(y, example_index, train)
-    y = nn.LayerNorm(1e-5, dtype=x.dtype, name='mlp_norm')(x)
-    y = layers.MLP(normal((2 * width) ** -0.5), out_init, name='mlp')(y)
-    return x + layers.ExampleDropout(self.text.dropout, name='drop_mlp')(y, example_index, train)
 
 
 class TextTransformer(nn.Module):
@@ -49,7 +32,11 @@ class TextTransformer(nn.Module):
       raise UserError(f'model.text.width {text.width} is not a multiple of model.text.heads {text.heads}')
     self.token_embedding = nn.Embed(text.vocab_size, text.width, embedding_init=nn.initializers.normal(0.02))
     self.position_embedding = self.param('position_embedding', nn.initializers.normal(0.01), (text.context, text.width))
-    self.blocks = [Block(text, name=f'block{i}') for i in range(text.depth)]
+    normal, width = nn.initializers.normal, text.width
+    out_init = normal((2 * width * text.depth) ** -0.5)
+    self.blocks = [layers.TransformerBlock(text.heads, 1e-5, text.dropout, False, (normal(width ** -0.5), out_init),
+                                           (normal((2 * width) ** -0.5), out_init), name=f'block{i}')
+                   for i in range(text.depth)]
     self.final_norm = nn.LayerNorm(1e-5, dtype=self.dtype)
 
   def __call__(self, tokens_W: jax.Array, inject: Inject | None = None, *, train: bool = False,
@@ -74,7 +61,7 @@ class TextTransformer(nn.Module):
     x = jnp.take(embeddings, tokens_W, axis=0)
     x = x + jnp.broadcast_to(self.position_embedding[:positions], x.shape).astype(self.dtype)
     for done, block in enumerate(self.blocks, start=1):
-      x = block(x, bias, example_index, train)
+      x = block(x, train, example_index, bias)
       x = inject(done, x) if inject else x
     x = self.final_norm(x)
     end = jnp.sum(valid, axis=-1, dtype=jnp.int32)[..., None, None] - 1
