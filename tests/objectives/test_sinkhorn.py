@@ -1,0 +1,155 @@
+"""Plans of the relaxed matching: exact marginals, symmetric, close to converged, an assignment as epsilon goes to 0."""
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import objectives_reference as reference
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import linear_sum_assignment
+
+from lightclip_jax.objectives import sinkhorn, sinkhorn_plan
+
+SHAPES = [(49, 15), (16, 8), (8, 16), (4, 3), (8, 1), (1, 8), (16, 15), (16, 16), (3, 3)]
+
+
+@functools.cache
+def compiled(epsilon=0.05, num_iterations=20):
+  return jax.jit(functools.partial(sinkhorn_plan, epsilon=epsilon, num_iterations=num_iterations))
+
+
+def problems(count, n, m, seed=0):
+  """Costs in [0, 2] (a fifth of them only 0 or 2) and masks: half of the problems in any pattern, half full."""
+  rng = np.random.default_rng(seed)
+  cost = rng.uniform(0, 2, (count, n, m)).astype(np.float32)
+  cost[:count // 5] = 2.0 * (cost[:count // 5] > 1)
+  rows, cols = rng.random((count, n)) < 0.8, rng.random((count, m)) < 0.8
+  rows[count // 2:], cols[count // 2:] = True, True
+  return cost, rows, cols
+
+
+def full(cost):
+  return cost, np.ones(cost.shape[-2], bool), np.ones(cost.shape[-1], bool)
+
+
+@pytest.mark.parametrize(('n', 'm'), SHAPES)
+def test_sums_are_right_and_masked_items_get_nothing(n, m):
+  cost, rows, cols = problems(200, n, m)
+  plan = np.asarray(compiled()(cost, rows, cols))
+  assert plan.dtype == np.float32 and np.isfinite(plan).all() and plan.min() >= 0
+  assert plan[~(rows[:, :, None] & cols[:, None])].max(initial=0) == 0
+  for plan_i, r, c in zip(plan, rows, cols, strict=True):
+    row_sums, col_sums = plan_i.sum(1)[r], plan_i.sum(0)[c]
+    small, large = (row_sums, col_sums) if r.sum() <= c.sum() else (col_sums, row_sums)
+    assert max(small.max(initial=0), large.max(initial=0)) <= 1 + 1e-5
+    if r.any() and c.any():
+      assert small.min() >= 1 - 1e-5
+
+
+@pytest.mark.parametrize(('n', 'm'), [(6, 4), (4, 6), (5, 5), (9, 1)])
+def test_twenty_iterations_are_close_to_the_optimum_and_many_reach_it(n, m):
+  cost = problems(20, n, m, seed=3)[0][4:]
+  expected = np.stack([reference.sinkhorn(c, 0.05)[0] for c in cost])
+  few, many = (np.asarray(compiled(num_iterations=k)(*full(cost))) for k in (20, 2000))
+  np.testing.assert_allclose(many, expected, atol=2e-4)
+  assert np.abs(few - expected).sum((1, 2)).mean() / min(n, m) < 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('n', 'm'), [(16, 8), (8, 8), (5, 9), (12, 4)])
+def test_a_small_epsilon_gives_the_assignment(n, m):
+  cost = np.random.default_rng(n).uniform(0, 2, (250, n, m)).astype(np.float32)
+  plan = np.asarray(compiled(2e-3, 5000)(*full(cost)))
+  for c, p in zip(cost, plan, strict=True):
+    best = c[linear_sum_assignment(c)].mean()
+    assert abs((p * c).sum() / min(n, m) - best) <= 1e-3
+    np.testing.assert_allclose(p.sum(1 if n <= m else 0), 1, atol=1e-3)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 10 ** 6), epsilon=st.sampled_from([0.05, 0.02]))
+def test_transposition_and_permutation(seed, epsilon):
+  cost, rows, cols = (x[:10] for x in problems(20, 7, 5, seed))
+  rows[0], cols[1] = False, np.arange(5) == 2   # no row at all; one column
+  plan = np.asarray(compiled(epsilon)(cost, rows, cols))
+  turned = np.asarray(compiled(epsilon)(cost.swapaxes(1, 2), cols, rows)).swapaxes(1, 2)
+  np.testing.assert_allclose(turned, plan, atol=2e-4)
+  p, q = np.random.default_rng(seed).permutation(7), np.random.default_rng(seed).permutation(5)
+  moved = np.asarray(compiled(epsilon)(cost[:, p][:, :, q], rows[:, p], cols[:, q]))
+  np.testing.assert_allclose(moved, plan[:, p][:, :, q], atol=2e-4)
+  assert (plan[0] == 0).all()
+
+
+def test_equal_costs_share_equally():
+  plan = compiled()(*full(np.full((1, 6, 3), 0.7, np.float32)))
+  np.testing.assert_allclose(plan, 1 / 6, rtol=1e-5)
+
+
+def test_both_domains_agree_and_wide_costs_are_finite(monkeypatch):
+  cost, rows, cols = problems(30, 9, 6)
+  fast = sinkhorn_plan(cost, rows, cols)
+  monkeypatch.setattr(sinkhorn, '_SAFE_EXPONENT', -1.0)
+  sinkhorn._solve.clear_cache()
+  np.testing.assert_allclose(fast, sinkhorn_plan(cost, rows, cols), atol=2e-4)
+  monkeypatch.undo()
+  sinkhorn._solve.clear_cache()
+  wide = np.asarray(sinkhorn_plan(100 * cost, rows, cols))
+  assert np.isfinite(wide).all() and wide.sum(1).max() <= 1 + 1e-5
+
+
+@pytest.mark.parametrize(('n', 'm'), [(5, 3), (3, 5), (4, 4)])
+def test_envelope_gradient_is_that_of_the_converged_objective(n, m):
+  cost = np.random.default_rng(1).uniform(0, 2, (n, m))
+
+  def value(cost, gradient='envelope'):
+    return jnp.sum(sinkhorn_plan(cost, np.ones(n, bool), np.ones(m, bool), num_iterations=500, gradient=gradient) * cost)
+  gradient = jax.grad(value)(cost.astype(np.float32))
+  for i, j in np.ndindex(n, m):
+    step = np.zeros((n, m))
+    step[i, j] = 1e-4
+    slope = (reference.sinkhorn(cost + step, 0.05)[1] - reference.sinkhorn(cost - step, 0.05)[1]) / 2e-4
+    assert abs(gradient[i, j] - slope) <= 1e-3
+
+
+def test_unrolled_gradient_is_the_slope_of_the_plan():
+  cost, weights = (np.random.default_rng(k).uniform(0, 2, (4, 3)).astype(np.float32) for k in (1, 2))
+  f = jax.jit(lambda c: jnp.sum(weights * sinkhorn_plan(c, np.ones(4, bool), np.ones(3, bool), epsilon=0.5,
+                                                        gradient='unroll')))
+  step = np.random.default_rng(3).normal(size=(4, 3)).astype(np.float32)
+  slope = (f(cost + 1e-2 * step) - f(cost - 1e-2 * step)) / 2e-2
+  np.testing.assert_allclose(np.sum(jax.grad(f)(cost) * step), slope, rtol=2e-2)
+  envelope = jax.grad(lambda c: jnp.sum(weights * sinkhorn_plan(c, np.ones(4, bool), np.ones(3, bool))))(cost)
+  assert np.abs(envelope).max() == 0
+
+
+def test_memory_of_the_envelope_gradient_does_not_grow_with_iterations():
+  shape = jax.ShapeDtypeStruct((512, 16, 12), jnp.float32)
+
+  def temporaries(iterations, gradient):
+    f = lambda c: jnp.sum(c * sinkhorn_plan(c, np.ones(16, bool), np.ones(12, bool), num_iterations=iterations,  # noqa: E731
+                                            gradient=gradient))
+    return jax.jit(jax.grad(f)).lower(shape).compile().memory_analysis().temp_size_in_bytes
+  few, many = (temporaries(k, 'envelope') for k in (20, 200))
+  assert many <= few * 1.01
+  assert temporaries(20, 'unroll') > 1.5 * few   # what it would be
+
+
+def test_bfloat16_costs():
+  cost, rows, cols = problems(10, 6, 4)
+  rounded = jnp.asarray(cost, jnp.bfloat16)
+  plan = sinkhorn_plan(rounded, rows, cols)
+  assert plan.dtype == jnp.float32
+  np.testing.assert_allclose(plan, compiled()(np.asarray(rounded, np.float32), rows, cols), atol=1e-5)
+
+
+@pytest.mark.parametrize(('message', 'args', 'options'), [
+  (r'\(4, 3\).*\(3,\)', (np.zeros((4, 3)), np.ones(3, bool), np.ones(3, bool)), {}),
+  (r"'exact'.*'unroll'", full(np.zeros((4, 3))), dict(gradient='exact')),
+  (r'epsilon=0', full(np.zeros((4, 3))), dict(epsilon=0)),
+  (r'num_iterations=0', full(np.zeros((4, 3))), dict(num_iterations=0)),
+])
+def test_bad_input_is_named(message, args, options):
+  with pytest.raises(ValueError, match=message):
+    sinkhorn_plan(*args, **options)
