@@ -31,10 +31,10 @@ def get(variant: str, image: dict[str, Any], **changes: dict[str, Any]) -> Confi
 
 QUICKSTART = replace(
     Config(),
-    model=dict(embed_dim=256, token_dim=64, batch_norm='group:32', image=dict(size=64),
-               text=dict(width=192, heads=4, depth=3, context=16, vocab_size=3072),
+    model=dict(embed_dim=256, token_dim=64, batch_norm='group:32', image=dict(size=48),
+               text=dict(width=96, heads=3, depth=2, context=12, vocab_size=3072),
                fusion=dict(stages=((3, 1), (4, 2)), heads=4)),
-    data=dict(max_masked=3, first_caption=0.5),
+    data=dict(max_masked=2, first_caption=0.5),
     objective=dict(token_matching=dict(group_size=8)),
     train=dict(steps=1000, batch_size=128, log_every=20),
     checkpoint=dict(every_steps=500, every_minutes=3.0),

@@ -76,6 +76,5 @@ def check(model: config.Model) -> None:
 
 def _pool_to(map_BxHxWxc: jax.Array, grid: tuple[int, int]) -> jax.Array:
   """Average-pooled to the last stage's grid, so that attention costs the same whatever the stage."""
-  batch, height, width, channels = map_BxHxWxc.shape
-  h, w = grid
-  return map_BxHxWxc.reshape(batch, h, height // h, w, width // w, channels).mean((2, 4))
+  window = tuple(-(-size // target) for size, target in zip(map_BxHxWxc.shape[1:3], grid, strict=True))
+  return nn.avg_pool(map_BxHxWxc, window, window, padding='SAME', count_include_pad=False)

@@ -192,5 +192,5 @@ def check_stem(image: Any) -> None:
     raise UserError(f'model.image.stem_stride is {image.stem_stride}; it can be 1 or 2')
   if not image.width > 0:
     raise UserError(f'model.image.width is {image.width}; it must be above 0')
-  stride = 16 * image.stem_stride
+  stride = 8 * image.stem_stride   # the last of the strided layers pads an odd grid, as PyTorch's do
   check_size(image.size, lambda size: size % stride == 0, f'a multiple of the stride {stride} of {image.name}')
