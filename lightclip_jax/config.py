@@ -310,4 +310,4 @@ def _convert_tuple(args: tuple[Any, ...], value: typing.Sequence[Any], path: str
     return tuple(_convert(args[0], v, f'{path}[{i}]') for i, v in enumerate(value))
   if len(args) != len(value):
     raise UserError(f'{path} has {len(value)} values; it needs {len(args)}')
-  return tuple(_convert(a, v, f'{path}[{i}]') for i, (a, v) in enumerate(zip(args, value)))
+  return tuple(_convert(a, v, f'{path}[{i}]') for i, (a, v) in enumerate(zip(args, value, strict=True)))

@@ -18,7 +18,8 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, config_lib
       prog='python -m lightclip_jax.main', description='Trains a LightCLIP, or continues a run that was stopped.',
       epilog='example: python -m lightclip_jax.main --config=configs/mbv2.py:quickstart --workdir=runs/quickstart '
              '--config.train.steps=500')
-  parser.add_argument('--config', required=True, metavar='FILE[:VARIANT]', help='a config; any option of it as --config.a.b=value')
+  parser.add_argument('--config', required=True, metavar='FILE[:VARIANT]',
+                      help='a config; any option of it as --config.a.b=value')
   parser.add_argument('--workdir', required=True, type=pathlib.Path, help='folder of the run; with history, it is continued')
   parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
   flags, rest = parser.parse_known_args(argv)
@@ -28,7 +29,8 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, config_lib
 def main(argv: list[str] | None = None) -> int:
   """Returns the exit code: 0 when training is complete, 75 when it was asked to stop and can be continued."""
   flags, config = parse(argv)
-  from lightclip_jax.data import datasets   # JAX and all else after parsing: a wrong flag must not wait for seconds
+  from lightclip_jax.data import datasets  # JAX and all else after parsing: a wrong flag must not wait for seconds
+
   os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(datasets.cache() / 'compiled'))
   from lightclip_jax.training import loop
   return loop.train(config, flags.workdir)

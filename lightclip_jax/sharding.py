@@ -22,7 +22,10 @@ BATCH_AXES = ('data', 'fsdp')
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-  """Parameters whose path ("text/blocks_0/mlp/kernel") matches `pattern` are split over `axes`, one a dimension (None: whole)."""
+  """Parameters whose path ("text/block0/mlp/hidden/kernel") matches `pattern` are split over `axes`, one a dimension.
+
+  None keeps a dimension whole.
+  """
   pattern: str
   axes: tuple[str | None, ...] = ()
 

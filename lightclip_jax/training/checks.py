@@ -22,7 +22,8 @@ def check_batch(config: config_lib.Config, shards: int) -> None:
   batch, accumulate = config.train.batch_size, config.train.accumulate
   parts = shards * accumulate
   if batch < 1 or batch % parts:
-    raise UserError(f'train.batch_size is {batch}; it must be a multiple of {parts} ({shards} devices × accumulate {accumulate})')
+    raise UserError(f'train.batch_size is {batch}; it must be a multiple of {parts} '
+                    f'({shards} devices × accumulate {accumulate})')
   groups = {'model.batch_norm': _group(config.model.batch_norm)}
   if config.objective.token_matching.weight != config_lib.constant(0.0):
     groups['objective.token_matching.group_size'] = config.objective.token_matching.group_size
@@ -54,7 +55,8 @@ def check_tokenizer(config: config_lib.Config, tokenizer: tokenizers.Tokenizer) 
     raise UserError(f'model.text.vocab_size is {text.vocab_size}, but the tokenizer of {config.data.dataset!r} has '
                     f'{tokenizer.vocab_size} pieces')
   if tokenizer.end_id != text.end_id:
-    raise UserError(f'model.text.end_id is {text.end_id}, but the tokenizer of {config.data.dataset!r} ends with {tokenizer.end_id}')
+    raise UserError(f'model.text.end_id is {text.end_id}, but the tokenizer of {config.data.dataset!r} ends with '
+                    f'{tokenizer.end_id}')
 
 
 def check_steps(config: config_lib.Config) -> None:
@@ -83,7 +85,8 @@ def claim_workdir(workdir: pathlib.Path, config: config_lib.Config) -> None:
     except ValueError as error:
       raise UserError(f'{str(path)!r} is not JSON ({error}); use another --workdir') from error
     now = _flat(json.loads(json.dumps(values)))
-    differing = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name) and not _is_free(name)]
+    names = [name for name in sorted(before.keys() | now.keys()) if not _is_free(name)]
+    differing = [name for name in names if before.get(name) != now.get(name)]
     if differing:
       shown = ', '.join(f'{name} {before.get(name)!r} there, {now.get(name)!r} here' for name in differing[:3])
       raise UserError(f'{str(workdir)!r} holds a run with another config ({shown}); use another --workdir')

@@ -33,14 +33,13 @@ class Evaluator:
     session = self._session(variables)
     results = self._measure(session)
     print(metrics.format_table(results), flush=True)
+    split = SHOWN if SHOWN in self._config.evaluation.splits else self._config.evaluation.splits[0]
+    token = self._config.objective.token_matching
+    pictures = gallery.make_gallery(session, split)   # in every process: the devices of all of them embed
+    matchings = matching.make_matchings(session, split, epsilon=token.epsilon, num_iterations=token.num_iterations)
     if jax.process_index() == 0:
       evaluate.write_json(self._workdir / 'results.json', results, step=step)
-      split = SHOWN if SHOWN in self._config.evaluation.splits else self._config.evaluation.splits[0]
-      token = self._config.objective.token_matching
-      path = report.write_report(
-          self._workdir, results, gallery.make_gallery(session, split),
-          matching.make_matchings(session, split, epsilon=token.epsilon, num_iterations=token.num_iterations), self._config)
-      print(f'report: {path}', flush=True)
+      print(f'report: {report.write_report(self._workdir, results, pictures, matchings, self._config)}', flush=True)
     return metrics.scalars(results)
 
   def _session(self, variables: dict[str, Any]) -> Session:
@@ -49,4 +48,4 @@ class Evaluator:
                    self._folder)
 
   def _measure(self, session: Session) -> list[metrics.Metric]:
-    return evaluate.evaluate_all(session.embedder, self._folder, self._config.evaluation.splits)
+    return evaluate.evaluate_splits(session, self._config.evaluation.splits)

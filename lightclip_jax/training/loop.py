@@ -21,6 +21,8 @@ from lightclip_jax.training import checkpoint as checkpoint_lib
 from lightclip_jax.training import checks, evaluator, metrics, preemption
 from lightclip_jax.training.step import Trainer, put_batch
 
+SLOW_SECONDS = 2 * 3600.0   # a run on a CPU that will take longer is advised to be the quick start
+
 
 def train(config: config_lib.Config, workdir: pathlib.Path) -> int:
   """Trains to the end, or until SIGTERM or SIGINT; a workdir with history is continued.
@@ -60,7 +62,6 @@ class Run:
         batch_size=config.train.batch_size, seed=config.train.seed, process_index=jax.process_index(),
         process_count=jax.process_count())
     self._checkpointer = checkpoint_lib.Checkpointer(workdir, config.checkpoint)
-    self._clock = metrics.Clock(config.train.batch_size, config.train.steps)
     self._pending: dict[str, jax.Array] | None = None
 
   def start(self) -> None:
@@ -79,10 +80,15 @@ class Run:
   def train(self) -> bool:
     """Steps until the end (True), or until a signal (False, saved)."""
     total = self.config.train.steps
-    if self.step < total:
-      self._compile()
+    if self.step >= total:
+      return True
+    self._compile()
+    first = self.step
     while self.step < total and not self._stop.requested:
+      start = time.perf_counter()
       self._one_step()
+      if self.step == first + 2:   # the first step may still pay for start-up
+        self._warn_if_slow((time.perf_counter() - start) * (total - self.step))
       if self.step % self.config.evaluation.every_steps == 0 and self.step < total:
         self._evaluate()
       if self._checkpointer.due(self.step):
@@ -111,11 +117,16 @@ class Run:
     print(f'{self.config.name} {verb} in {str(self.workdir)!r}: {inference / 1e6:.2f} M parameters at inference, '
           f'{training_only / 1e6:.2f} M more in training; {len(devices)} × {devices[0].device_kind}', flush=True)
 
+  def _warn_if_slow(self, seconds: float) -> None:
+    if jax.default_backend() == 'cpu' and seconds > SLOW_SECONDS:
+      print(f'without an accelerator this will take about {metrics.duration(seconds)}; the variant :quickstart of the same '
+            'config takes minutes', flush=True)
+
   def _compile(self) -> None:
     start = time.perf_counter()
     self._compiled_step = self._trainer.compile_step()
     print(f'compiled the step in {metrics.duration(time.perf_counter() - start)}', flush=True)
-    self._clock.paused(time.perf_counter() - start)
+    self._clock = metrics.Clock(self.config.train.batch_size, self.config.train.steps)
 
   def _one_step(self) -> None:
     start = time.perf_counter()

@@ -10,7 +10,7 @@ import tensorboardX
 
 
 class Meter:
-  """Mean of each metric since the last `take`. Its state travels in checkpoints, so that a resumed run logs the same numbers."""
+  """Mean of each metric since the last `take`. Its state travels in checkpoints: a resumed run logs the same numbers."""
 
   def __init__(self, state: Mapping[str, Any] | None = None) -> None:
     self._sums: dict[str, float] = dict(state['sums']) if state else {}

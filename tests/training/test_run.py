@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -30,7 +31,8 @@ def environment(tmp_path_factory):
 
 
 def finish(workdir, environment, *overrides):
-  return subprocess.run(command(workdir, *overrides), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+  return subprocess.run(command(workdir, *overrides), cwd=ROOT, env=environment, capture_output=True, text=True,
+                        timeout=400)
 
 
 def log_of(workdir):
@@ -40,7 +42,8 @@ def log_of(workdir):
 
 def stop_at(workdir, environment, step, number):
   """Starts or continues a run, signals it once `step` is logged, and returns its exit code and output."""
-  process = subprocess.Popen(command(workdir), cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+  process = subprocess.Popen(command(workdir), cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT)
   deadline = time.monotonic() + 400
   while not any(row['step'] >= step for row in log_of(workdir)):
     assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
@@ -51,7 +54,8 @@ def stop_at(workdir, environment, step, number):
 
 
 def arrays_of(workdir):
-  with ocp.CheckpointManager((workdir / 'checkpoints').absolute(), options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+  options = ocp.CheckpointManagerOptions(read_only=True)
+  with ocp.CheckpointManager((workdir / 'checkpoints').absolute(), options=options) as manager:
     assert manager.latest_step() == STEPS
     return manager.restore(STEPS, args=ocp.args.Composite(state=ocp.args.StandardRestore()))['state']
 
@@ -74,8 +78,8 @@ def test_a_run_that_is_killed_and_stopped_continues_bit_for_bit(tmp_path, enviro
   timing = ('train/examples_per_second', 'train/data_wait', 'train/eta_seconds')
   strip = lambda row: {name: value for name, value in row.items() if name not in timing}  # noqa: E731
   assert [strip(row) for row in log_of(broken)] == [strip(row) for row in log_of(whole)]
-  import jax
-  for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(arrays_of(broken)), jax.tree.leaves(arrays_of(whole)), strict=True):
+  pairs = zip(jax.tree_util.tree_leaves_with_path(arrays_of(broken)), jax.tree.leaves(arrays_of(whole)), strict=True)
+  for (path, a), b in pairs:
     assert np.array_equal(a, b), path
 
   other = finish(broken, environment, '--config.optimizer.learning_rate=0.5')

@@ -9,7 +9,8 @@ from lightclip_jax.training.step import put_batch
 TINY = config_lib.replace(
     Config(),
     model=dict(embed_dim=32, token_dim=16, batch_norm='group:4', batch_norm_momentum=0.9,
-               image=dict(size=32, stem_stride=1, width=0.1), text=dict(width=32, heads=2, depth=2, context=12, vocab_size=45, dropout=0.1),
+               image=dict(size=32, stem_stride=1, width=0.1),
+               text=dict(width=32, heads=2, depth=2, context=12, vocab_size=45, dropout=0.1),
                fusion=dict(stages=((3, 1), (4, 2)), heads=2)),
     data=dict(dataset='shapes', workers=0, max_masked=3),
     objective=dict(contrastive=dict(alpha=Schedule(0.1, 0.2), beta=Schedule(0.2, 1.0)), token_matching=dict(group_size=2)),
