@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from lightclip_jax.errors import UserError
+from lightclip_jax.objectives import sinkhorn_kernel
 
 _NEVER = -1e30          # stands for -inf where inf - inf would be NaN
 _START = 0.2            # first temperature: a tenth of the largest cost of unit vectors
@@ -49,7 +50,7 @@ def sinkhorn_plan(cost_xNxM: jax.Array, row_mask_xN: jax.Array, col_mask_xM: jax
     cost = jax.lax.stop_gradient(cost)
   rows = jnp.broadcast_to(row_mask_xN, cost.shape[:-1])
   cols = jnp.broadcast_to(col_mask_xM, cost.shape[:-2] + cost.shape[-1:])
-  return _solve(cost, rows, cols, epsilon, num_iterations)
+  return solve(cost, rows, cols, epsilon, num_iterations, False)
 
 
 def _check(cost: jax.Array, rows: jax.Array, cols: jax.Array, gradient: str, epsilon: float,
@@ -63,10 +64,14 @@ def _check(cost: jax.Array, rows: jax.Array, cols: jax.Array, gradient: str, eps
     raise UserError(f'epsilon={epsilon}, num_iterations={num_iterations}; both must be positive')
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def _solve(cost_xNxM: jax.Array, rows_xN: jax.Array, cols_xM: jax.Array, epsilon: float,
-           num_iterations: int) -> jax.Array:
-  """The plan; in products of exp(-cost / epsilon) where float32 can hold them, else by log-sum-exp."""
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def solve(cost_xNxM: jax.Array, rows_xN: jax.Array, cols_xM: jax.Array, epsilon: float, num_iterations: int,
+          fused: bool) -> jax.Array:
+  """`sinkhorn_plan` without its checks: in products of exp(-cost / epsilon) where float32 holds them, else in logs.
+
+  With `fused` a TPU runs all iterations in one kernel, which has no gradient and cannot be partitioned: arrays must be
+  one device's, or be inside `jax.shard_map`.
+  """
   valid = rows_xN[..., :, None] & cols_xM[..., None, :]
   low, high = (jnp.nan_to_num(f(jnp.where(valid, cost_xNxM, worst), axis=(-1, -2), keepdims=True), posinf=0, neginf=0)
                for f, worst in ((jnp.min, jnp.inf), (jnp.max, -jnp.inf)))
@@ -78,14 +83,21 @@ def _solve(cost_xNxM: jax.Array, rows_xN: jax.Array, cols_xM: jax.Array, epsilon
   masses = tuple(jnp.concatenate([x.astype(jnp.float32), jnp.maximum(spare, 0)], -1)
                  for x, spare in ((rows_xN, m - n), (cols_xM, n - m)))
 
-  def solve(domain: Callable[..., tuple[Callable, Callable]]) -> Callable[[], jax.Array]:
-    return lambda: _potentials(domain, gain_xnxm, valid_xnxm, masses, rows_first, epsilon, num_iterations)
+  small = fused and gain_xnxm.shape[-1] * gain_xnxm.shape[-2] <= sinkhorn_kernel.LARGEST
+
+  def find(in_logs: bool) -> Callable[[], tuple[jax.Array, jax.Array]]:
+    plain = functools.partial(_potentials, _log_domain if in_logs else _exp_domain, epsilon=epsilon,
+                              num_iterations=num_iterations)
+    kernel = functools.partial(sinkhorn_kernel.potentials, functools.partial(
+      _potentials, epsilon=epsilon, num_iterations=num_iterations), in_logs)
+    problem = gain_xnxm, valid_xnxm, masses, rows_first
+    return lambda: jax.lax.platform_dependent(*problem, tpu=kernel, default=plain) if small else plain(*problem)
 
   reach = jnp.max(high - low, initial=0.0) / (2 * epsilon)
   if 1 / epsilon > _SAFE_EXPONENT:   # half the range of the cosines' costs, [0, 2]
-    f, g = solve(_log_domain)()
+    f, g = find(True)()
   else:
-    f, g = jax.lax.cond(reach <= _SAFE_EXPONENT, solve(_exp_domain), solve(_log_domain))
+    f, g = jax.lax.cond(reach <= _SAFE_EXPONENT, find(False), find(True))
   exponent = gain_xnxm / epsilon + f[..., :, None] + g[..., None, :]
   plan_xnxm = jnp.where(valid_xnxm, jnp.exp(jnp.where(valid_xnxm, exponent, 0.0)), 0.0)
   return jnp.where(valid, _round(plan_xnxm, *masses)[..., :-1, :-1], 0.0)

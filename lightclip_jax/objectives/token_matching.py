@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from lightclip_jax.errors import UserError
+from lightclip_jax.objectives import sinkhorn
 from lightclip_jax.objectives.ring import Ring
-from lightclip_jax.objectives.sinkhorn import sinkhorn_plan
 
 
 @jax.tree_util.register_dataclass
@@ -50,7 +50,8 @@ def token_matching_loss(
   _check(image_tokens_BxPxd, text_tokens_BxWxd, text_mask_BxW, logit_scale, group_size, ring)
 
   def share(sharded: Any, _: None) -> tuple[Any, None]:
-    return _group_similarities(*sharded, group_size, epsilon, num_iterations), None
+    fused = ring.mesh is not None or jax.device_count() == 1   # else the compiler might want to partition the kernel
+    return _group_similarities(*sharded, group_size, epsilon, num_iterations, fused), None
   tokens = image_tokens_BxPxd.astype(jnp.float32), text_tokens_BxWxd.astype(jnp.float32)
   (similarity_Bxg, plans_BxPxW), _ = ring.run(share, (*tokens, text_mask_BxW.astype(bool)), None)
   has_word = jnp.any(text_mask_BxW, axis=-1).reshape(-1, group_size)
@@ -76,14 +77,14 @@ def _check(image: jax.Array, text: jax.Array, mask: jax.Array, scale: Any, group
 
 
 def _group_similarities(image_BxPxd: jax.Array, text_BxWxd: jax.Array, mask_BxW: jax.Array, group_size: int,
-                        epsilon: float, num_iterations: int) -> tuple[jax.Array, jax.Array]:
+                        epsilon: float, num_iterations: int, fused: bool) -> tuple[jax.Array, jax.Array]:
   """m [B, g] of every image with the texts of its group, and the plans of the true pairs."""
   grouped = [x.reshape(-1, group_size, *x.shape[1:]) for x in (image_BxPxd, text_BxWxd, mask_BxW)]
   cosine = jnp.einsum('nipd,njwd->nijpw', grouped[0], grouped[1],
                       precision=jax.lax.Precision.HIGHEST)
-  words = grouped[2][:, None]
-  patches = jnp.ones(image_BxPxd.shape[1], bool)
-  plans = sinkhorn_plan(1 - cosine, patches, words, epsilon=epsilon, num_iterations=num_iterations)
+  words = jnp.broadcast_to(grouped[2][:, None], (*cosine.shape[:3], cosine.shape[4]))
+  patches = jnp.ones(cosine.shape[:4], bool)
+  plans = sinkhorn.solve(jax.lax.stop_gradient(1 - cosine), patches, words, epsilon, num_iterations, fused)
   smaller = jnp.clip(jnp.sum(words, -1), 1, image_BxPxd.shape[1])
   similarity = jnp.einsum('nijpw,nijpw->nij', plans, cosine) / smaller
   own = jnp.einsum('niipw->nipw', plans)

@@ -51,20 +51,20 @@ def check(mesh, axes, source, mode, size, seed=0, scale=None):
 @pytest.mark.parametrize('source', ['cross', 'intra'])
 @pytest.mark.parametrize('devices', [1, 2, 4, 8])
 def test_equals_the_reference_on_any_number_of_devices(devices, source, mode):
-  for size in (8, 24, 64):
+  for size in {1: (8, 25), 2: (64,), 4: (20,), 8: (8, 64)}[devices]:
     check(make_mesh(devices), ('data',), source, mode, size, seed=size)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('mode', MODES)
 @pytest.mark.parametrize('source', ['cross', 'intra'])
-@pytest.mark.parametrize('devices', [1, 2, 4, 8])
-def test_equals_the_reference_on_large_batches(devices, source, mode):
-  for size in (200, 512):
-    check(make_mesh(devices), ('data',), source, mode, size, seed=size)
+@pytest.mark.parametrize(('devices', 'size'), [(1, 512), (4, 512), (8, 200), (8, 512)])
+def test_equals_the_reference_on_large_batches(devices, size, source, mode):
+  check(make_mesh(devices), ('data',), source, mode, size, seed=size)
 
 
-@pytest.mark.parametrize(('mesh', 'axes'), [(None, None), (make_mesh(2, 4), ('data', 'fsdp')), (make_mesh(4, 2), 'data'),
+@pytest.mark.parametrize(('mesh', 'axes'), [(None, None), (make_mesh(2, 4), ('data', 'fsdp')),
+                                            (make_mesh(4, 2), 'data'),
                                             (make_mesh(2, 2, 2), ('data', 'fsdp')),
                                             (make_mesh(2, 4, kind=AxisType.Explicit), ('data', 'fsdp')),
                                             (make_mesh(2, 4, kind=AxisType.Explicit), 'fsdp')])
@@ -121,8 +121,10 @@ def test_aux_measures_the_batch():
 
 def test_targets_get_no_gradient():
   image, text = reference.unit(0, 8, D), reference.unit(1, 8, D)
-  grads = jax.grad(lambda a, b, t: softened_contrastive_loss(image, text, 9.0, alpha=a, beta=b, target_temperature=t)[0],
-                   argnums=(0, 1, 2))(0.5, 0.5, 0.1)
+
+  def loss(alpha, beta, temperature):
+    return softened_contrastive_loss(image, text, 9.0, alpha=alpha, beta=beta, target_temperature=temperature)[0]
+  grads = jax.grad(loss, argnums=(0, 1, 2))(0.5, 0.5, 0.1)
   assert grads == (0, 0, 0)
 
 
@@ -137,7 +139,8 @@ def test_degenerate_batches_are_finite(mode, scale):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((loss, aux, grads)))
     expected = reference.softened(image, text, scale, 1.0, 1.0, 0.1, 'intra', one_caption, mode)
     np.testing.assert_allclose(loss, expected[0], rtol=1e-5, atol=1e-5)
-  assert compiled(None, None, 'intra', mode)(same, same, scale, 0.0, 0.0, one_caption)[0][1].top1_image_to_text in (0, 1)
+  (_, aux), _ = compiled(None, None, 'intra', mode)(same, same, scale, 0.0, 0.0, np.arange(8, dtype=np.int32))
+  assert aux.top1_image_to_text == aux.top1_text_to_image == 0   # a collapsed model has found nothing
 
 
 def test_a_small_temperature_neither_overflows_nor_vanishes():
@@ -156,7 +159,8 @@ def test_one_pair_has_nothing_to_tell_apart():
 @given(seed=st.integers(0, 999), alpha=st.floats(0, 1), beta=st.floats(0, 1), scale=st.floats(0.5, 100))
 def test_the_order_of_pairs_does_not_matter(seed, alpha, beta, scale):
   rng = np.random.default_rng(seed)
-  image, text, ids = reference.unit(seed, 24, D), reference.unit(seed + 1, 24, D), rng.integers(0, 12, 24).astype(np.int32)
+  image, text = reference.unit(seed, 24, D), reference.unit(seed + 1, 24, D)
+  ids = rng.integers(0, 12, 24).astype(np.int32)
   order = rng.permutation(24)
   f = compiled(None, None, 'intra', 'positive')
   (loss, _), (d_image, d_text, d_scale) = f(image, text, scale, alpha, beta, ids)
@@ -167,7 +171,8 @@ def test_the_order_of_pairs_does_not_matter(seed, alpha, beta, scale):
 
 def test_bfloat16_inputs_are_computed_in_float32():
   image, text = (jnp.asarray(reference.unit(k, 32, D), jnp.bfloat16) for k in (0, 1))
-  loss, grads = jax.value_and_grad(lambda *x: softened_contrastive_loss(*x, 20.0, alpha=0.3, beta=0.5)[0], (0, 1))(image, text)
+  f = jax.value_and_grad(lambda *x: softened_contrastive_loss(*x, 20.0, alpha=0.3, beta=0.5)[0], (0, 1))
+  loss, grads = f(image, text)
   expected, d_image, _, _ = reference.softened(*(np.asarray(x, np.float32) for x in (image, text)), 20.0, 0.3, 0.5)
   assert loss.dtype == jnp.float32 and grads[0].dtype == jnp.bfloat16
   np.testing.assert_allclose(loss, expected, rtol=1e-5)

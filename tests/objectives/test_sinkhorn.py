@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
-from lightclip_jax.objectives import sinkhorn, sinkhorn_plan
+from lightclip_jax.objectives import sinkhorn, sinkhorn_kernel, sinkhorn_plan
 
 SHAPES = [(49, 15), (16, 8), (8, 16), (4, 3), (8, 1), (1, 8), (16, 15), (16, 16), (3, 3)]
 
@@ -91,12 +91,26 @@ def test_both_domains_agree_and_wide_costs_are_finite(monkeypatch):
   cost, rows, cols = problems(30, 9, 6)
   fast = sinkhorn_plan(cost, rows, cols)
   monkeypatch.setattr(sinkhorn, '_SAFE_EXPONENT', -1.0)
-  sinkhorn._solve.clear_cache()
+  sinkhorn.solve.clear_cache()
   np.testing.assert_allclose(fast, sinkhorn_plan(cost, rows, cols), atol=2e-4)
   monkeypatch.undo()
-  sinkhorn._solve.clear_cache()
+  sinkhorn.solve.clear_cache()
   wide = np.asarray(sinkhorn_plan(100 * cost, rows, cols))
   assert np.isfinite(wide).all() and wide.sum(1).max() <= 1 + 1e-5
+
+
+@pytest.mark.parametrize('in_logs', [False, True])
+def test_the_kernel_equals_the_plain_version(in_logs, monkeypatch):
+  kernel = functools.partial(sinkhorn_kernel.potentials, interpret=True)
+  monkeypatch.setattr(sinkhorn, '_SAFE_EXPONENT', -1.0 if in_logs else 21.0)
+  monkeypatch.setattr(jax.lax, 'platform_dependent', lambda *args, tpu, default: functools.partial(
+    kernel, *tpu.args)(*args))
+  cost, rows, cols = problems(260, 6, 4)   # one block of the kernel and a few more
+  cost, rows, cols = (x.reshape(130, 2, *x.shape[1:]) for x in (cost, rows, cols))
+  sinkhorn.solve.clear_cache()
+  fused = sinkhorn.solve(cost, rows, cols, 0.05, 20, True)
+  np.testing.assert_allclose(fused, sinkhorn.solve(cost, rows, cols, 0.05, 20, False), atol=1e-4)
+  sinkhorn.solve.clear_cache()
 
 
 @pytest.mark.parametrize(('n', 'm'), [(5, 3), (3, 5), (4, 4)])
@@ -104,7 +118,8 @@ def test_envelope_gradient_is_that_of_the_converged_objective(n, m):
   cost = np.random.default_rng(1).uniform(0, 2, (n, m))
 
   def value(cost, gradient='envelope'):
-    return jnp.sum(sinkhorn_plan(cost, np.ones(n, bool), np.ones(m, bool), num_iterations=500, gradient=gradient) * cost)
+    plan = sinkhorn_plan(cost, np.ones(n, bool), np.ones(m, bool), num_iterations=500, gradient=gradient)
+    return jnp.sum(plan * cost)
   gradient = jax.grad(value)(cost.astype(np.float32))
   for i, j in np.ndindex(n, m):
     step = np.zeros((n, m))
