@@ -46,7 +46,8 @@ VIT: Rules = (
     (r'blocks\.(\d+)\.', r'block\1/'), *_BLOCK,
 )
 SWIN: Rules = (
-    *_NOT_FEATURES, (r'.*(relative_position_index|attn_mask)', ''), (r'patch_embed\.proj\.(\w+)', r'patch_embedding/\1'),
+    *_NOT_FEATURES, (r'.*(relative_position_index|attn_mask)', ''),
+    (r'patch_embed\.proj\.(\w+)', r'patch_embedding/\1'),
     (r'patch_embed\.norm\.(\w+)', r'patch_norm/\1'), (r'norm\.(\w+)', r'final_norm/\1'),
     (r'layers\.(\d)\.downsample\.norm\.(\w+)', r'merge\1/norm/\2'),
     (r'layers\.(\d)\.downsample\.reduction\.weight', r'merge\1/reduce/weight'),

@@ -53,7 +53,7 @@ class DepthwiseConv(nn.Module):
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-  """softmax(q kᵀ / √K + bias) v, softmax in float32: q [..., T, N, K]; k, v [..., S, N, K]; bias [..., N or 1, T, S]."""
+  """softmax(q kᵀ / √K + bias) v, float32 softmax: q [..., T, N, K]; k, v [..., S, N, K]; bias [..., N or 1, T, S]."""
   logits = jnp.einsum('...tnk,...snk->...nts', q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
   weights = jax.nn.softmax(logits if bias is None else logits + bias, axis=-1)
   return jnp.einsum('...nts,...snk->...tnk', weights.astype(v.dtype), v)

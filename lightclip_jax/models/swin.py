@@ -113,7 +113,7 @@ def _relative_positions(window: int) -> np.ndarray:
 
 
 def _shift_mask(height: int, width: int, window: int, shift: int) -> np.ndarray:
-  """`BLOCKED` between tokens that only the cyclic shift brought into one window: float32 [n, 1, T, T]; n = 1 without."""
+  """`BLOCKED` between tokens that only the shift brought into one window: float32 [n, 1, T, T]; n = 1 without."""
   if shift == 0:
     return np.zeros((1, 1, window * window, window * window), np.float32)
 

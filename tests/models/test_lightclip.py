@@ -91,6 +91,7 @@ def test_batch_statistics_follow_the_tower():
   assert jax.eval_shape(lambda: lightclip.init_variables(small(), jax.random.key(0)))['batch_stats'] == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('op', ['cross_attention', 'add'])
 def test_a_zero_gate_leaves_the_masked_text_untouched_exactly(op):
   model = small(fusion=dict(op=op))

@@ -1,4 +1,4 @@
-"""Given the same weights, every tower agrees with timm's or open_clip's (launch/parity_env.sh makes their environment)."""
+"""With the same weights every tower agrees with timm's or open_clip's; launch/parity_env.sh makes their environment."""
 import functools
 import os
 import pathlib

@@ -67,6 +67,7 @@ def test_what_does_not_fit_is_named(options, words):
   assert all(word in str(error.value) for word in words), error.value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name, window', [('swin_nano', 4), ('vit_ti', 7)])
 def test_drop_path_follows_the_example_and_not_the_batch(name, window):
   tower = image_towers.build(config.ImageTower(name=name, size=32, drop_path=0.5, window=window), NORM)

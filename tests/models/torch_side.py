@@ -10,7 +10,8 @@ import torch
 # torchvision without its compiled operators registers fakes for them at import; this declares the operators by name.
 _library = torch.library.Library('torchvision', 'DEF')
 for _name in ('nms', 'qnms', 'roi_align', '_roi_align_backward', 'roi_pool', '_roi_pool_backward', 'ps_roi_align',
-              '_ps_roi_align_backward', 'ps_roi_pool', '_ps_roi_pool_backward', 'deform_conv2d', '_deform_conv2d_backward'):
+              '_ps_roi_align_backward', 'ps_roi_pool', '_ps_roi_pool_backward', 'deform_conv2d',
+              '_deform_conv2d_backward'):
   _library.define(f'{_name}(Tensor x) -> Tensor')
 
 
