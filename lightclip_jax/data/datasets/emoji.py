@@ -106,7 +106,7 @@ def captions(concept: Concept) -> tuple[str, ...]:
   place = f'{concept.subgroup}, {concept.group}'
   texts = [name, *(f'{name}, {word}' for word in words[:4])]
   texts += [', '.join(words[i:i + 3]) for i in range(0, min(len(words), 6), 3)]
-  texts += [f'{name}, {place}', f'{name} ({concept.group})', ', '.join([*words[:2], place])]
+  texts += [f'{name}, {place}', f'{name} ({concept.group})', ', '.join([*words[:2], place]), place, concept.group]
   return tuple(dict.fromkeys(texts))
 
 
