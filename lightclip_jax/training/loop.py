@@ -5,6 +5,7 @@ batch → step → (evaluate) → (save) → (stop if asked). Metrics are read a
 waits for a device that could be working; evaluation and saves settle them first.
 """
 import base64
+import concurrent.futures
 import contextlib
 import dataclasses
 import pathlib
@@ -68,12 +69,16 @@ class Run:
     """Restores or initialises the state, and opens the logs behind it."""
     restored = self._checkpointer.restore(self._abstract)
     if restored is None:
-      self.state, self._meter = self._trainer.init_state(), metrics.Meter()
+      self._compile_and_initialise()
+      self._meter = metrics.Meter()
     else:
       self.state, saved = restored
       self.step = int(self.state.step)
       self._batches.restore(saved.iterator)
       self._meter = metrics.Meter(saved.meter)
+      if self.step < self.config.train.steps:
+        self._compile()
+    self._clock = metrics.Clock(self.config.train.batch_size, self.config.train.steps)
     self._writer = metrics.MetricWriter(self.workdir, self.step)
     self._describe()
 
@@ -82,7 +87,6 @@ class Run:
     total = self.config.train.steps
     if self.step >= total:
       return True
-    self._compile()
     first = self.step
     while self.step < total and not self._stop.requested:
       start = time.perf_counter()
@@ -126,7 +130,12 @@ class Run:
     start = time.perf_counter()
     self._compiled_step = self._trainer.compile_step()
     print(f'compiled the step in {metrics.duration(time.perf_counter() - start)}', flush=True)
-    self._clock = metrics.Clock(self.config.train.batch_size, self.config.train.steps)
+
+  def _compile_and_initialise(self) -> None:
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:   # both are compilations, of which each keeps one core busy
+      compiling = pool.submit(self._compile)
+      self.state = self._trainer.init_state()
+      compiling.result()
 
   def _one_step(self) -> None:
     start = time.perf_counter()
