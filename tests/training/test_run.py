@@ -99,7 +99,7 @@ def test_a_run_that_is_killed_and_stopped_continues_bit_for_bit(tmp_path, enviro
     (['--config.data.dataset=/no/such/folder'], ['/no/such/folder', 'emoji']),
     (['--config.train.batch_size=33'], ['33']),
     (['--config.model.batch_norm=group:48'], ['48', '128']),
-    (['--config.model.image.size=40'], ['40', '32', '48']),
+    (['--config.model.image.size=36'], ['36', '32', '40']),
     (['--config.model.text.vocab_size=99'], ['99', '45']),
     (['--config.mesh.data=3'], ['3', '1 devices']),
     (['now'], ["'now'"]),
