@@ -47,8 +47,8 @@ def test_shapes(options, pooled, grid, stages):
 
 
 @pytest.mark.parametrize('options, words', [
-    (dict(name='mobilenet_v2', size=100), ['100', '96', '128']),
-    (dict(name='mobilenet_v2', size=10), ['10', '32']),
+    (dict(name='mobilenet_v2', size=100), ['100', '96', '112']),
+    (dict(name='mobilenet_v2', size=10), ['10', '16']),
     (dict(name='mobilenet_v2', size=64, stem_stride=3), ['stem_stride', '3', '1 or 2']),
     (dict(name='mobilenet_v2', size=64, width=0.0), ['width', '0.0']),
     (dict(name='mobilenet_v2', size=64, drop_path=0.1), ['drop_path', '0.1', 'mobilenet_v2']),

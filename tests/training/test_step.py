@@ -35,7 +35,7 @@ def errors(got, wanted, floor):
   """Path -> largest difference as a share of the tensor's largest entry, or of `floor` times the whole tree's."""
   largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(wanted))
   pairs = zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(wanted), strict=True)
-  return {sharding.path_name(path): np.abs(a - b).max() / max(np.abs(b).max(), floor * largest) for (path, a), b in pairs}
+  return {sharding.path_name(path): np.abs(a - b).max() / max(np.abs(b).max(), floor * largest, 1e-30) for (path, a), b in pairs}
 
 
 def assert_same_loss(got, wanted):
@@ -58,12 +58,12 @@ def test_micro_batches_give_the_same_gradients(trainer_of, reference, accumulate
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('devices, accumulate', [(2, 1), (8, 1), (8, 4)])
+@pytest.mark.parametrize('devices, accumulate', [(2, 4), (8, 1)])
 def test_devices_give_the_same_gradients(trainer_of, reference, devices, accumulate):
   got = gradients(trainer_of(devices, accumulate))
   assert_same_loss(got, reference)
   # Matrices of another shape round differently, and a ReLU near zero turns rounding into a jump: the image tower's own
-  # gradients differ by some 1e-2 (as they do between two compilers), so the parts without ReLU are compared.
+  # gradients differ by some 1e-2, so the parts without ReLU are compared.
   smooth = {name: error for name, error in errors(got[2], reference[2], 1e-4).items() if not name.startswith('image/')}
   assert len(smooth) > 50 and max(smooth.values()) < 3e-5, max(smooth, key=smooth.get)
 

@@ -8,7 +8,7 @@ from lightclip_jax.training.step import put_batch
 
 TINY = config_lib.replace(
     Config(),
-    model=dict(embed_dim=32, token_dim=16, batch_norm='group:4', batch_norm_momentum=0.9,
+    model=dict(embed_dim=32, token_dim=16, batch_norm='group:16', batch_norm_momentum=0.9,
                image=dict(size=32, stem_stride=1, width=0.1),
                text=dict(width=32, heads=2, depth=2, context=12, vocab_size=45, dropout=0.1),
                fusion=dict(stages=((3, 1), (4, 2)), heads=2)),
