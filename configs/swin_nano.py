@@ -18,4 +18,4 @@ def get_config(variant: str = 'emoji') -> config_dict.ConfigDict:
   """The config of one variant."""
   small = dict(model=dict(image=dict(window=8)))  # 64 and 128 px make grids of 2 to 32, which windows of 7 do not divide
   return to_config_dict(recipe.get(variant, dict(name='swin_nano'), emoji=small, icons=small,
-                                   quickstart=small | dict(train=dict(steps=300))))
+                                   quickstart=dict(model=dict(image=dict(size=64, window=8)), train=dict(steps=300))))

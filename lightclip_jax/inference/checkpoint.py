@@ -46,8 +46,9 @@ def load(path: pathlib.Path, step: int | None = None) -> Loaded:
   Raises:
     UserError: if `path` holds no checkpoint, or not that step.
   """
-  options = ocp.CheckpointManagerOptions(read_only=True)
-  with ocp.CheckpointManager(checkpoint_folder(path).absolute(), options=options) as manager:
+  folder = checkpoint_folder(path).absolute()
+  options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
+  with ocp.CheckpointManager(folder, options=options) as manager:
     steps = manager.all_steps()
     step = max(steps) if step is None else step
     if step not in steps:

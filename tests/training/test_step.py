@@ -35,7 +35,8 @@ def errors(got, wanted, floor):
   """Path -> largest difference as a share of the tensor's largest entry, or of `floor` times the whole tree's."""
   largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(wanted))
   pairs = zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(wanted), strict=True)
-  return {sharding.path_name(path): np.abs(a - b).max() / max(np.abs(b).max(), floor * largest, 1e-30) for (path, a), b in pairs}
+  scale = lambda leaf: max(np.abs(leaf).max(), floor * largest, 1e-30)  # noqa: E731
+  return {sharding.path_name(path): np.abs(a - b).max() / scale(b) for (path, a), b in pairs}
 
 
 def assert_same_loss(got, wanted):
@@ -46,26 +47,17 @@ def assert_same_loss(got, wanted):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('accumulate', [2, 4, 8])
-def test_micro_batches_give_the_same_gradients(trainer_of, reference, accumulate):
-  got = gradients(trainer_of(1, accumulate))
-  assert_same_loss(got, reference)
-  for name, error in errors(got[2], reference[2], 0).items():
-    # An offset before the next normalisation changes nothing: its gradient is zero, and what is computed is rounding.
-    if not name.endswith('project_norm/bias'):
-      assert error < 1e-5, name
-  assert max(errors(got[2], reference[2], 1).values()) < 1e-6
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('devices, accumulate', [(2, 4), (8, 1)])
-def test_devices_give_the_same_gradients(trainer_of, reference, devices, accumulate):
+@pytest.mark.parametrize('devices, accumulate, tolerance',
+                         [(1, 2, 1e-5), (1, 4, 1e-5), (1, 8, 1e-5), (2, 4, 2e-5), (8, 1, 2e-5)])
+def test_gradients_do_not_depend_on_devices_or_micro_batches(trainer_of, reference, devices, accumulate, tolerance):
   got = gradients(trainer_of(devices, accumulate))
   assert_same_loss(got, reference)
-  # Matrices of another shape round differently, and a ReLU near zero turns rounding into a jump: the image tower's own
-  # gradients differ by some 1e-2, so the parts without ReLU are compared.
-  smooth = {name: error for name, error in errors(got[2], reference[2], 1e-4).items() if not name.startswith('image/')}
-  assert len(smooth) > 50 and max(smooth.values()) < 3e-5, max(smooth, key=smooth.get)
+  for name, error in errors(got[2], reference[2], 1e-3).items():
+    # The next normalisation takes out an offset and (but for ReLU6's cap) a factor: these two gradients cancel to almost
+    # nothing, and what is computed is mostly rounding. They are held against the largest gradient instead.
+    if not name.endswith(('project_norm/bias', 'expand_norm/scale')):
+      assert error < tolerance, name
+  assert max(errors(got[2], reference[2], 1).values()) < 1e-6
 
 
 def test_every_parameter_gets_a_gradient(reference):
