@@ -48,16 +48,16 @@ def assert_same_loss(got, wanted):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('devices, accumulate, tolerance',
-                         [(1, 2, 1e-5), (1, 4, 1e-5), (1, 8, 1e-5), (2, 4, 2e-5), (8, 1, 2e-5)])
+                         [(1, 2, 3e-5), (1, 4, 3e-5), (1, 8, 3e-5), (2, 4, 3e-5), (8, 1, 3e-5)])
 def test_gradients_do_not_depend_on_devices_or_micro_batches(trainer_of, reference, devices, accumulate, tolerance):
   got = gradients(trainer_of(devices, accumulate))
   assert_same_loss(got, reference)
-  for name, error in errors(got[2], reference[2], 1e-3).items():
+  own, of_all = (errors(got[2], reference[2], floor) for floor in (1e-3, 1))
+  for name in own:
     # The next normalisation takes out an offset and (but for ReLU6's cap) a factor: these two gradients cancel to almost
     # nothing, and what is computed is mostly rounding. They are held against the largest gradient instead.
-    if not name.endswith(('project_norm/bias', 'expand_norm/scale')):
-      assert error < tolerance, name
-  assert max(errors(got[2], reference[2], 1).values()) < 1e-6
+    cancels = name.endswith(('project_norm/bias', 'expand_norm/scale'))
+    assert (of_all[name] < 1e-6) if cancels else (own[name] < tolerance), name
 
 
 def test_every_parameter_gets_a_gradient(reference):
