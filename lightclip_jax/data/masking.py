@@ -26,14 +26,14 @@ def mask_words(tokens_W: np.ndarray, word_mask_W: np.ndarray, rng: np.random.Gen
   words = np.flatnonzero(word_mask_W)
   wanted = int(fraction * len(words) + rng.random())     # the expected number is exactly fraction * words
   count = min(max(wanted, 1), max_masked, len(words))
-  chosen = np.sort(rng.choice(words, count, replace=False)) if count else words[:0]
+  chosen = np.sort(rng.permutation(words)[:count])
+  labels, lot = tokens_W[chosen], rng.random(count)
   masked_W = tokens_W.copy()
-  lot = rng.random(count)
-  masked_W[chosen[lot < 0.8]] = mask_id
-  random_words = chosen[(lot >= 0.8) & (lot < 0.9)]
-  masked_W[random_words] = _ordinary_words(rng, len(random_words), vocab_size, special_ids)
+  masked_W[chosen] = np.where(lot < 0.8, mask_id, labels)
+  if (random_words := chosen[(lot >= 0.8) & (lot < 0.9)]).size:
+    masked_W[random_words] = _ordinary_words(rng, random_words.size, vocab_size, special_ids)
   positions_K, labels_K, weights_K = (np.zeros(max_masked, dtype) for dtype in (np.int32, np.int32, np.float32))
-  positions_K[:count], labels_K[:count], weights_K[:count] = chosen, tokens_W[chosen], 1.0
+  positions_K[:count], labels_K[:count], weights_K[:count] = chosen, labels, 1.0
   return masked_W, positions_K, labels_K, weights_K
 
 

@@ -1,4 +1,4 @@
-"""AdamW with warm-up and cosine decay, clipping, and no weight decay where it does harm."""
+"""AdamW, or Muon for the matrices; warm-up and cosine decay, clipping, and no weight decay where it does harm."""
 import re
 from typing import Any
 
@@ -14,8 +14,12 @@ NO_DECAY = re.compile(r'(^|/)(bias|scale|gate|logit_\w+|token_logit_scale|\w*pos
 
 def learning_rate(config: config_lib.Optimizer, steps: int) -> optax.Schedule:
   """Step -> learning rate: linear from 0 during `warmup_fraction` of `steps`, then a cosine to 0."""
+  return _schedule(config.learning_rate, config, steps)
+
+
+def _schedule(peak: float, config: config_lib.Optimizer, steps: int) -> optax.Schedule:
   warmup = max(1, round(config.warmup_fraction * steps))
-  return optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, max(steps, warmup + 1))
+  return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(steps, warmup + 1))
 
 
 def decay_mask(params: Any) -> Any:
@@ -25,8 +29,27 @@ def decay_mask(params: Any) -> Any:
   return jax.tree_util.tree_map_with_path(decays, params)
 
 
+def matrices(params: Any) -> Any:
+  """Which axes Muon takes for rows and columns of each parameter; None for those that AdamW learns.
+
+  Those are all vectors and tables, and kernels that read raw pixels or one channel: their few rows are no matrix.
+  """
+  def dimensions(path: tuple[Any, ...], leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
+    if not sharding.path_name(path).endswith('kernel') or leaf.shape[-2] <= 3:
+      return None
+    return optax.contrib.MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), leaf.ndim - 1)
+  return jax.tree_util.tree_map_with_path(dimensions, params)
+
+
 def make_optimizer(config: config_lib.Optimizer, steps: int) -> optax.GradientTransformation:
-  """Clipping by the global norm, then AdamW."""
+  """Clipping by the global norm, then AdamW, or Muon with AdamW beside it."""
   clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-  return optax.chain(clip, optax.adamw(learning_rate(config, steps), b1=config.b1, b2=config.b2, eps=config.eps,
-                                       weight_decay=config.weight_decay, mask=decay_mask))
+  rate = learning_rate(config, steps)
+  if config.name == 'adamw':
+    return optax.chain(clip, optax.adamw(rate, b1=config.b1, b2=config.b2, eps=config.eps,
+                                         weight_decay=config.weight_decay, mask=decay_mask))
+  # consistent_rms: updates of the size that AdamW's have, whatever the matrix's shape (arXiv:2502.16982).
+  return optax.chain(clip, optax.contrib.muon(
+      _schedule(config.matrix_learning_rate, config, steps), weight_decay=config.weight_decay, adam_learning_rate=rate,
+      weight_decay_mask=decay_mask, adam_weight_decay=config.weight_decay, adam_b1=config.b1, adam_b2=config.b2,
+      eps=config.eps, consistent_rms=0.2, muon_weight_dimension_numbers=matrices))

@@ -2,6 +2,9 @@
 import json
 import math
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from tiny import TINY
 
@@ -92,3 +95,27 @@ def test_free_options_exist():
     config_lib.check_key(name)
 
 
+
+
+def test_muon_orthogonalises_matrices_and_leaves_the_rest_to_adamw():
+  params = {'dense': {'kernel': jnp.ones((8, 24)), 'bias': jnp.ones(24)}, 'conv': {'kernel': jnp.ones((3, 3, 8, 4))},
+            'depthwise': {'kernel': jnp.ones((3, 3, 1, 8))}, 'stem': {'kernel': jnp.ones((3, 3, 3, 8))},
+            'token_embedding': {'embedding': jnp.ones((50, 8))}}
+  key = jax.random.key(0)
+  gradients = jax.tree.map(lambda x: jax.random.normal(key, x.shape), params)
+  options = config_lib.Optimizer(name='muon', learning_rate=1e-2, matrix_learning_rate=1e-1, warmup_fraction=0.0,
+                                 weight_decay=0.0)
+  muon, adamw = (optimizer.make_optimizer(o, 2) for o in (options, config_lib.replace(options, name='adamw')))
+  updates = []
+  for transformation in (muon, adamw):
+    state = transformation.init(params)
+    for _ in range(2):   # the first step's rate is 0
+      update, state = transformation.update(gradients, state, params)
+    updates.append(update)
+  for name in ('dense', 'conv'):
+    matrix = np.asarray(updates[0][name]['kernel']).reshape(-1, params[name]['kernel'].shape[-1])
+    singular = np.linalg.svd(matrix, compute_uv=False) / (0.1 * 0.2 * math.sqrt(max(matrix.shape)))
+    assert 0.6 < singular.min() and singular.max() < 1.3, name
+  for path in (('dense', 'bias'), ('depthwise', 'kernel'), ('stem', 'kernel'), ('token_embedding', 'embedding')):
+    ours, theirs = (update[path[0]][path[1]] for update in updates)
+    assert np.sign(ours).tolist() == np.sign(theirs).tolist() and 0.5e-2 < np.abs(ours).mean() < 2e-2, path

@@ -1,10 +1,11 @@
 """SVG drawings to small lossless images, in several processes.
 
-WebP, lossless: at 128 px the smallest file (2.7 kB on average; PNG 4.5, JPEG 4:4:4 q95 7.3) and no slower to decode
-(134 us; PNG 245, JPEG 132), so nothing is lost to keep.
+WebP, lossless: smaller than PNG and quicker to decode (138 us against 196 at 128 px), so nothing is lost to keep. At the
+encoder's least effort a file has 3.6 kB instead of 2.5, and takes 0.5 ms instead of 5.6.
 """
 import concurrent.futures
 import functools
+import io
 import itertools
 import multiprocessing
 import os
@@ -12,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import cv2
 import numpy as np
+import PIL.Image
 import resvg_py
 import tqdm
 
@@ -29,10 +31,12 @@ def render(svg: str, size: int) -> bytes:
   # dpi: without it drawings sized in points fail. System fonts would make the result depend on the machine.
   png = resvg_py.svg_to_bytes(
       svg_string=svg, width=size, height=size, dpi=96.0, skip_system_fonts=True, background='#ffffff')
-  image_SxSx3 = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_COLOR)
+  image_SxSx3 = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_COLOR_RGB)
   if image_SxSx3.shape != (size, size, 3):
     raise ValueError(f'the drawing is {image_SxSx3.shape}, not square')
-  return cv2.imencode('.webp', image_SxSx3, [cv2.IMWRITE_WEBP_QUALITY, 101])[1].tobytes()   # > 100: lossless
+  out = io.BytesIO()
+  PIL.Image.fromarray(image_SxSx3).save(out, 'WEBP', lossless=True, method=0)
+  return out.getvalue()
 
 
 def render_all(svgs: Sequence[str], size: int, workers: int) -> Iterator[bytes]:
