@@ -10,4 +10,4 @@ from lightclip_jax.config import replace, to_config_dict  # noqa: E402
 
 def get_config(variant=''):
   return to_config_dict(replace(TINY, name='tiny', train=dict(steps=30), checkpoint=dict(every_steps=5),
-                                evaluation=dict(every_steps=10)))
+                                evaluation=dict(every_steps=10), optimizer=dict(name='muon')))
