@@ -133,7 +133,7 @@ def test_of_several_processes_one_writes(tmp_path):
 def test_resolve_prepares_once_in_the_cache(tmp_path, monkeypatch):
   monkeypatch.setenv('LIGHTCLIP_DATA', str(tmp_path))
   folder = datasets.resolve('shapes')
-  assert folder == tmp_path / 'shapes'
+  assert folder == tmp_path / 'shapes-1' == datasets.folder_of('shapes')
   before = (folder / 'manifest.json').stat().st_mtime_ns
   assert datasets.resolve('shapes') == folder and (folder / 'manifest.json').stat().st_mtime_ns == before
   assert datasets.resolve(str(folder)) == folder

@@ -12,12 +12,19 @@ BUILT_IN: dict[str, Callable[..., None]] = {
     'emoji': emoji.prepare,
     'shapes': shapes.prepare,
 }
+# Counted up whenever a built-in set's contents change, so that no run continues on, or is compared with, an older one.
+EDITION = {'emoji': 2, 'shapes': 1}
 
 
 def cache() -> pathlib.Path:
   """Where built-in data sets lie: `$LIGHTCLIP_DATA`, else the user's cache."""
   fallback = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache') / 'lightclip_jax'
   return pathlib.Path(os.environ.get('LIGHTCLIP_DATA') or fallback).expanduser()
+
+
+def folder_of(name: str) -> pathlib.Path:
+  """Where the present edition of a built-in data set lies, or will lie."""
+  return cache() / f'{name}-{EDITION[name]}'
 
 
 def resolve(name_or_folder: str) -> pathlib.Path:
@@ -27,7 +34,7 @@ def resolve(name_or_folder: str) -> pathlib.Path:
     UserError: for something that is neither a built-in name nor a prepared folder, or if the preparation fails.
   """
   if name_or_folder in BUILT_IN:
-    folder = cache() / name_or_folder
+    folder = folder_of(name_or_folder)
     BUILT_IN[name_or_folder](folder)
   else:
     folder = pathlib.Path(name_or_folder).expanduser()
