@@ -2,7 +2,6 @@
 
 Letters: B batch, G groups, N examples of a group, H height, W width, C channels.
 """
-import functools
 import math
 from typing import Any, Literal
 
@@ -66,47 +65,14 @@ class BatchNorm(nn.Module):
       return _affine(x_BxHxWxC, mean_C.value, var_C.value, scale_C, bias_C, self.epsilon, self.activation)
     groups = group_count(self.policy, x_BxHxWxC.shape[0], self.local_groups)
     x_GxNxHxWxC = x_BxHxWxC.reshape(groups, -1, *x_BxHxWxC.shape[1:])
-    y, mean_GxC, var_GxC = _normalize(x_GxNxHxWxC, scale_C, bias_C, self.epsilon, self.activation)
+    mean_GxC, var_GxC = _moments(x_GxNxHxWxC)
     self._sow('mean', mean_GxC)
     self._sow('var', var_GxC)
+    y = _affine(x_GxNxHxWxC, mean_GxC, var_GxC, scale_C[None], bias_C[None], self.epsilon, self.activation)
     return y.reshape(x_BxHxWxC.shape)
 
   def _sow(self, name: str, value_GxC: jax.Array) -> None:
-    self.sow(STATISTICS, name, value_GxC, reduce_fn=lambda _, new: new, init_fn=lambda: None)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _normalize(x_GxNxHxWxC: jax.Array, scale_C: jax.Array, bias_C: jax.Array, epsilon: float,
-               activation: str | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """(y, mean [G, C], biased variance [G, C]): x by its own statistics; the statistics pass on no gradient."""
-  mean_GxC, var_GxC = _moments(x_GxNxHxWxC)
-  y = _affine(x_GxNxHxWxC, mean_GxC, var_GxC, scale_C[None], bias_C[None], epsilon, activation)
-  return y, mean_GxC, var_GxC
-
-
-def _normalize_forward(x: jax.Array, scale_C: jax.Array, bias_C: jax.Array, epsilon: float,
-                       activation: str | None) -> tuple[Any, Any]:
-  y, mean_GxC, var_GxC = _normalize(x, scale_C, bias_C, epsilon, activation)
-  return (y, mean_GxC, var_GxC), (x, mean_GxC, var_GxC, scale_C, bias_C)
-
-
-def _normalize_backward(epsilon: float, activation: str | None, residuals: Any,
-                        cotangents: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """The derivative in terms of x − mean: through E[x²] − E[x]² large terms would cancel, and with them digits."""
-  x, mean_GxC, var_GxC, scale_C, bias_C = residuals
-  along = lambda v_GxC: v_GxC.reshape(-1, *(1,) * (x.ndim - 2), v_GxC.shape[-1])  # noqa: E731
-  axes = tuple(range(1, x.ndim - 1))
-  before = _affine(x.astype(jnp.float32), mean_GxC, var_GxC, scale_C[None], bias_C[None], epsilon, None)
-  dy, = jax.vjp(ACTIVATIONS[activation], before)[1](cotangents[0].astype(jnp.float32))
-  centred = x.astype(jnp.float32) - along(mean_GxC)
-  sum_GxC, product_GxC = jnp.sum(dy, axes), jnp.sum(dy * centred, axes)
-  count, inverse_GxC = x.size // sum_GxC.size, jax.lax.rsqrt(var_GxC + epsilon)
-  slope_GxC = product_GxC * inverse_GxC * inverse_GxC / count
-  dx = along(inverse_GxC * scale_C[None]) * (dy - along(sum_GxC / count) - centred * along(slope_GxC))
-  return dx.astype(x.dtype), jnp.sum(product_GxC * inverse_GxC, 0), jnp.sum(sum_GxC, 0)
-
-
-_normalize.defvjp(_normalize_forward, _normalize_backward)
+    self.sow(STATISTICS, name, jax.lax.stop_gradient(value_GxC), reduce_fn=lambda _, new: new, init_fn=lambda: None)
 
 
 def _moments(x_GxNxHxWxC: jax.Array) -> tuple[jax.Array, jax.Array]:
