@@ -8,6 +8,7 @@ Letters: B batch, D embedding, X problems, N rows, M columns.
 """
 import argparse
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -104,23 +105,24 @@ def matching(count=2048, rows=36, cols=16):
       yield dict(form=gradient, problems=count, rows=rows, cols=cols, iterations=iterations) | record
 
 
-def tpu_traffic(count=4096, rows=49, cols=16):
-  """MiB that a TPU v5e moves to and from its main memory, by its compiler's count (`plain`: loops written out)."""
+def tpu_traffic(count=4096, sizes=((49, 16), (49, 77)), forms=(('fused', True), ('plain', False)), iterations=(20, 5)):
+  """MiB that a TPU v5e moves to and from its main memory, by its compiler's count (`plain`: loops written out), and the
+  processor time that compiling takes."""
   device = topologies.get_topology_desc(platform='tpu', topology_name='v5e:2x2').devices[0]
   place = SingleDeviceSharding(device)
-  args = [jax.ShapeDtypeStruct((count, *shape), dtype, sharding=place)
-          for shape, dtype in (((rows, cols), jnp.float32), ((rows,), bool), ((cols,), bool))]
   loop = jax.lax.fori_loop
-  for name, fused in (('plain', False), ('fused', True)):
-    for iterations in (5, 20):
-      sinkhorn.solve.clear_cache()
-      if not fused:   # the compiler counts a loop's body once
-        jax.lax.fori_loop = lambda low, high, f, x: functools.reduce(lambda y, i: f(i, y), range(low, high), x)
-      f = jax.jit(lambda *x, k=iterations, fused=fused: sinkhorn.solve(*x, 0.05, k, fused))
-      compiled = f.lower(*args).compile()
-      jax.lax.fori_loop = loop
-      yield dict(form=name, problems=count, rows=rows, cols=cols, iterations=iterations,
-                 accessed_mib=round(compiled.cost_analysis()['bytes accessed'] / 2**20, 1))
+  for k, (rows, cols), (name, fused) in itertools.product(iterations, sizes, forms):
+    args = [jax.ShapeDtypeStruct((count, *shape), dtype, sharding=place)
+            for shape, dtype in (((rows, cols), jnp.float32), ((rows,), bool), ((cols,), bool))]
+    sinkhorn.solve.clear_cache()
+    if not fused:   # the compiler counts a loop's body once
+      jax.lax.fori_loop = lambda low, high, f, x: functools.reduce(lambda y, i: f(i, y), range(low, high), x)
+    start = time.process_time()
+    compiled = jax.jit(lambda *x, k=k, fused=fused: sinkhorn.solve(*x, 0.05, k, fused)).lower(*args).compile()
+    jax.lax.fori_loop = loop
+    yield dict(form=name, problems=count, rows=rows, cols=cols, iterations=k,
+               accessed_mib=round(compiled.cost_analysis()['bytes accessed'] / 2**20, 1),
+               compile_cpu_seconds=round(time.process_time() - start, 1))
 
 
 def plot(results, path):

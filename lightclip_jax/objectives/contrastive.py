@@ -13,6 +13,7 @@ from lightclip_jax.errors import UserError
 from lightclip_jax.objectives.ring import Ring, dot
 
 _NEVER = -1e30   # stands for -inf where inf - inf would be NaN
+_MAXIMA = ('best', 'right', 'wrong', 'target_best')   # of the running sums
 
 
 @jax.tree_util.register_dataclass
@@ -39,8 +40,8 @@ class _Setting:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Sums:
-  """Running sums [b] of one direction's rows over the columns seen so far (or the other way round)."""
-  best: jax.Array            # running maximum of the logits in the denominator
+  """Sums [b] of one direction's rows over the columns seen so far (or the other way round)."""
+  best: jax.Array            # maximum of the logits in the denominator
   total: jax.Array           # sum of exp(logit - best) over the same
   own: jax.Array             # sum of logits that share the mass 1 - alpha
   own_count: jax.Array
@@ -49,15 +50,14 @@ class _Sums:
   copies: jax.Array          # how often the caption occurs
   other: jax.Array           # sum of logits that may share the mass alpha
   other_count: jax.Array
-  target_best: jax.Array     # running maximum of c / T over the same
+  target_best: jax.Array     # maximum of c / T over the same
   target_total: jax.Array    # sum of exp(c / T - target_best)
   target_sum: jax.Array      # sum of exp(c / T - target_best) * logit
 
   @classmethod
   def zeros(cls, share: int) -> '_Sums':
     zero, never = jnp.zeros(share, jnp.float32), jnp.full(share, _NEVER, jnp.float32)
-    return cls(**{f.name: never if f.name in ('best', 'right', 'wrong', 'target_best') else zero
-                  for f in dataclasses.fields(cls)})
+    return cls(**{f.name: never if f.name in _MAXIMA else zero for f in dataclasses.fields(cls)})
 
 
 @jax.tree_util.register_dataclass
@@ -160,13 +160,13 @@ def _forward(setting, image_BxD, text_BxD, ids, scale, alpha, beta, temperature)
     scale, alpha, beta, temperature = numbers
     rows, columns = _sides(setting, *sharded)
 
-    def block(rows: _Side, columns: _Side, row_sums: _Sums, column_sums: _Sums) -> tuple[_Sums, _Sums]:
+    def block(rows: _Side, columns: _Side) -> tuple[_Sums, _Sums]:
       cosine, row_c, column_c, masks = _block(setting, rows, columns)
-      return (_add(setting, row_sums, scale * cosine, row_c / temperature, masks, 1),
-              _add(setting, column_sums, scale * cosine, column_c / temperature, masks, 0))
+      return (_sum(setting, scale * cosine, row_c / temperature, masks, 1),
+              _sum(setting, scale * cosine, column_c / temperature, masks, 0))
 
     empty = _Sums.zeros(rows.embedding.shape[0])
-    sums = setting.ring.fold(block, rows, columns, empty, empty)
+    sums = setting.ring.fold(block, _merge, rows, columns, empty, empty)
     targets = tuple(_targets(s, alpha, beta) for s in sums)
     mean = [setting.ring.sum(jnp.sum(x)) / image_BxD.shape[0] for x in (
       *map(_cross_entropy, sums, targets), *(s.right > s.wrong for s in sums), sums[0].copies > 1)]
@@ -185,14 +185,14 @@ def _backward(setting, residuals, cotangents):
     *data, (row_targets, column_targets) = sharded
     scale, temperature, row_cotangent, column_cotangent = numbers
 
-    def block(rows: Any, columns: Any, d_image: jax.Array, d_text: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def block(rows: Any, columns: Any) -> tuple[jax.Array, jax.Array]:
       cosine, row_c, column_c, masks = _block(setting, rows[0], columns[0])
       d_rxc = (row_cotangent * _slope(setting, rows[1], scale * cosine, row_c / temperature, masks, 1)
                + column_cotangent * _slope(setting, columns[1], scale * cosine, column_c / temperature, masks, 0))
-      return d_image + dot(d_rxc, columns[0].embedding), d_text + dot(d_rxc.T, rows[0].embedding)
+      return dot(d_rxc, columns[0].embedding), dot(d_rxc.T, rows[0].embedding)
 
     rows, columns = _sides(setting, *data)
-    d_image, d_text = setting.ring.fold(block, (rows, row_targets), (columns, column_targets),
+    d_image, d_text = setting.ring.fold(block, jnp.add, (rows, row_targets), (columns, column_targets),
                                         jnp.zeros_like(data[0]), jnp.zeros_like(data[1]))
     d_scale = setting.ring.sum(jnp.sum(data[0] * d_image))
     return (scale * d_image, scale * d_text), d_scale
@@ -226,27 +226,33 @@ def _block(setting: _Setting, rows: _Side, columns: _Side) -> tuple[jax.Array, j
   return cosine, row_c, column_c, (own, other, counted, copy)
 
 
-def _add(setting: _Setting, sums: _Sums, logits: jax.Array, target: jax.Array, masks: Any, axis: int) -> _Sums:
-  """`sums` with one block added, reduced over `axis`."""
+def _sum(setting: _Setting, logits: jax.Array, target: jax.Array, masks: Any, axis: int) -> _Sums:
+  """The sums of one block, over `axis`."""
   own, other, counted, copy = masks
   total = lambda mask, x: jnp.sum(jnp.where(mask, x, 0.0), axis)  # noqa: E731
   most = lambda mask, x: jnp.max(jnp.where(mask, x, _NEVER), axis)  # noqa: E731
-  best = jnp.maximum(sums.best, most(counted, logits))
-  new = dict(
-    best=best,
-    total=sums.total * jnp.exp(sums.best - best) + total(counted, jnp.exp(logits - jnp.expand_dims(best, axis))),
-    own=sums.own + total(own, logits), own_count=sums.own_count + jnp.sum(own, axis),
-    right=jnp.maximum(sums.right, most(copy, logits)), wrong=jnp.maximum(sums.wrong, most(~copy, logits)),
-    copies=sums.copies + jnp.sum(copy, axis))
+  count = lambda mask: jnp.sum(mask, axis, dtype=jnp.float32)  # noqa: E731
+  best = most(counted, logits)
+  found = dict(best=best, total=total(counted, jnp.exp(logits - jnp.expand_dims(best, axis))),
+               own=total(own, logits), own_count=count(own), right=most(copy, logits), wrong=most(~copy, logits),
+               copies=count(copy))
   if setting.targets != 'hard':
-    new |= dict(other=sums.other + total(other, logits), other_count=sums.other_count + jnp.sum(other, axis))
+    found |= dict(other=total(other, logits), other_count=count(other))
   if setting.targets == 'similarity':
-    best = jnp.maximum(sums.target_best, most(other, target))
+    best = most(other, target)
     weight = jnp.where(other, jnp.exp(target - jnp.expand_dims(best, axis)), 0.0)
-    shrink = jnp.exp(sums.target_best - best)
-    new |= dict(target_best=best, target_total=sums.target_total * shrink + jnp.sum(weight, axis),
-                target_sum=sums.target_sum * shrink + jnp.sum(weight * logits, axis))
-  return dataclasses.replace(sums, **new)
+    found |= dict(target_best=best, target_total=jnp.sum(weight, axis), target_sum=jnp.sum(weight * logits, axis))
+  return dataclasses.replace(_Sums.zeros(best.shape[0]), **found)
+
+
+def _merge(x: _Sums, y: _Sums) -> _Sums:
+  """The sums of both: what stands relative to a maximum is brought to the larger one."""
+  both = {f.name: (getattr(x, f.name), getattr(y, f.name)) for f in dataclasses.fields(_Sums)}
+  merged = {name: jnp.maximum(*pair) if name in _MAXIMA else jnp.add(*pair) for name, pair in both.items()}
+  for best, sums in (('best', ['total']), ('target_best', ['target_total', 'target_sum'])):
+    shrink = [jnp.exp(b - merged[best]) for b in both[best]]
+    merged |= {name: both[name][0] * shrink[0] + both[name][1] * shrink[1] for name in sums}
+  return _Sums(**merged)
 
 
 def _targets(sums: _Sums, alpha: jax.Array, beta: jax.Array) -> _Targets:

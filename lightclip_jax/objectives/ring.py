@@ -2,11 +2,12 @@
 
 Letters: B global batch, b a device's share, r rows of one block, D embedding.
 
-The rows (images) stay at home. The columns (texts) travel once around the ring of devices, together with what has been
-summed for them so far, and are home again after as many steps as there are devices. No device ever holds more than its
-own share, one visiting share and one block of [r, b]. On one device the same code walks through blocks of rows.
+The rows (images) stay at home. The columns (texts) travel once around the ring of devices, what has been summed for them
+one step behind, and the sums are home again after one step more than there are devices. No device ever holds more than its
+own share, the visiting ones and one block of [r, b]. On one device the same code walks through blocks of rows.
 """
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -76,46 +77,56 @@ class Ring:
     return start + jnp.arange(share, dtype=jnp.int32)
 
   def rotate(self, tree: Any) -> Any:
-    """The neighbour's `tree` of [b, ...] arrays, inside `run`."""
-    n = self.size
+    """The neighbour's `tree` of [b, ...] arrays of 4-byte numbers, in one transfer for each direction, inside `run`."""
+    leaves, treedef = jax.tree.flatten(tree)
+    share, n = leaves[0].shape[0], self.size
+    # As integers, since a float unit may take small ones for denormal numbers and write zeros.
+    bits = [jax.lax.bitcast_convert_type(x, jnp.int32).reshape(share, -1) for x in leaves]
+    parcel = jnp.concatenate(bits, axis=1)
     forward = [(i, (i + 1) % n) for i in range(n)]
+    if self.both_ways:
+      half = share // 2
+      parcel = jnp.concatenate([jax.lax.ppermute(parcel[:half], self.axes, forward),
+                                jax.lax.ppermute(parcel[half:], self.axes, [(j, i) for i, j in forward])])
+    else:
+      parcel = jax.lax.ppermute(parcel, self.axes, forward)
+    ends = list(itertools.accumulate(x.shape[1] for x in bits))[:-1]
+    return treedef.unflatten([jax.lax.bitcast_convert_type(x, like.dtype).reshape(like.shape)
+                              for x, like in zip(jnp.split(parcel, ends, axis=1), leaves, strict=True)])
 
-    def send(x: jax.Array) -> jax.Array:
-      if not self.both_ways:
-        return jax.lax.ppermute(x, self.axes, forward)
-      half = x.shape[0] // 2
-      return jnp.concatenate([jax.lax.ppermute(x[:half], self.axes, forward),
-                              jax.lax.ppermute(x[half:], self.axes, [(j, i) for i, j in forward])])
-    return jax.tree.map(send, tree)
-
-  def fold(self, block: Callable[..., tuple[Any, Any]], rows: Any, columns: Any, row_sums: Any,
-           column_sums: Any) -> tuple[Any, Any]:
+  def fold(self, block: Callable[[Any, Any], tuple[Any, Any]], merge: Callable[[Any, Any], Any], rows: Any,
+           columns: Any, row_sums: Any, column_sums: Any) -> tuple[Any, Any]:
     """Sums over all blocks of rows × columns, inside `run`.
 
+    The columns' sums travel one step behind the columns, and meet what their next device has added meanwhile. So all
+    that travels leaves at the beginning of a step, together, and overlaps with the step's work.
+
     Args:
-      block: (rows, columns, row_sums, column_sums) of one block -> the two sums with this block added.
-      rows, row_sums: trees of [b, ...] that stay. columns, column_sums: trees of [b, ...] that travel.
+      block: (rows, columns) of one block -> (row sums, column sums) of this block alone.
+      merge: the sums of two disjoint sets of blocks -> the sums of both.
+      rows: a tree of [b, ...] that stays. columns: a tree of [b, ...] that travels.
+      row_sums, column_sums: trees of [b, ...], the sums of no block.
 
     Returns:
       (row_sums, column_sums), both at home.
     """
-    def visit(columns: Any, row_sums: Any, column_sums: Any) -> tuple[Any, Any]:
-      def some_rows(column_sums: Any, x: tuple[Any, Any]) -> tuple[Any, Any]:
-        return block(x[0], columns, x[1], column_sums)[::-1]
+    def visit(columns: Any) -> tuple[Any, Any]:
+      def some_rows(sums: Any, rows: Any) -> tuple[Any, Any]:
+        of_rows, of_columns = block(rows, columns)
+        return merge(sums, of_columns), of_rows
       share = jax.tree.leaves(columns)[0].shape[0]
-      column_sums, row_sums = _scan_rows(some_rows, column_sums, (rows, row_sums), max(1, BLOCK_ELEMENTS // share))
-      return row_sums, column_sums
+      return _scan_rows(some_rows, column_sums, rows, max(1, BLOCK_ELEMENTS // share))[::-1]
 
     if self.size == 1:
-      return visit(columns, row_sums, column_sums)
+      return visit(columns)
 
     def step(carry: Any, _: None) -> tuple[Any, None]:
-      columns, row_sums, column_sums = carry
-      arriving = self.rotate(columns)   # before the work that does not wait for it, so that the two overlap
-      row_sums, column_sums = visit(columns, row_sums, column_sums)
-      return (arriving, row_sums, self.rotate(column_sums)), None
-    (_, row_sums, column_sums), _ = jax.lax.scan(step, (columns, row_sums, column_sums), length=self.size)
-    return row_sums, column_sums
+      columns, row_sums, behind = carry
+      arriving, behind = self.rotate((columns, behind))
+      of_rows, of_columns = visit(columns)
+      return (arriving, merge(row_sums, of_rows), merge(behind, of_columns)), None
+    (_, row_sums, behind), _ = jax.lax.scan(step, (columns, row_sums, column_sums), length=self.size)
+    return row_sums, self.rotate(behind)
 
 
 def dot(x: jax.Array, y: jax.Array) -> jax.Array:

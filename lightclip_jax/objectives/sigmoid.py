@@ -51,18 +51,19 @@ def sigmoid_contrastive_loss(
 def _forward(ring, image_BxD, text_BxD, scale, bias):
   """((loss, two accuracies), inputs)."""
   def share(sharded: Any, numbers: Any) -> tuple[None, Any]:
-    def block(rows: Any, columns: Any, row_sums: Any, column_sums: Any) -> tuple[Any, Any]:
+    def block(rows: Any, columns: Any) -> tuple[Any, Any]:
       logits_rxc, same_rxc = _block(rows, columns, *numbers)
       losses_rxc = jax.nn.softplus(jnp.where(same_rxc, -logits_rxc, logits_rxc))
+      return tuple((jnp.sum(losses_rxc, axis), *(jnp.max(jnp.where(mask, logits_rxc, -jnp.inf), axis)
+                                                 for mask in (same_rxc, ~same_rxc))) for axis in (1, 0))
 
-      def add(sums: Any, axis: int) -> Any:
-        best = [jnp.max(jnp.where(mask, logits_rxc, -jnp.inf), axis) for mask in (same_rxc, ~same_rxc)]
-        return (sums[0] + jnp.sum(losses_rxc, axis), *map(jnp.maximum, sums[1:], best))
-      return add(row_sums, 1), add(column_sums, 0)
+    def merge(x: Any, y: Any) -> Any:
+      return x[0] + y[0], *map(jnp.maximum, x[1:], y[1:])
 
     position = ring.positions(sharded[0].shape[0])
     zero, never = jnp.zeros(position.shape), jnp.full(position.shape, -jnp.inf)
-    sums = ring.fold(block, (sharded[0], position), (sharded[1], position), *2 * ((zero, never, never),))
+    empty = zero, never, never
+    sums = ring.fold(block, merge, (sharded[0], position), (sharded[1], position), empty, empty)
     mean = lambda x: ring.sum(jnp.sum(x)) / image_BxD.shape[0]  # noqa: E731
     return None, (mean(sums[0][0]), tuple(mean(right > wrong) for _, right, wrong in sums))
 
@@ -74,16 +75,19 @@ def _backward(ring, residuals, cotangents):
   image_BxD, text_BxD, scale, bias = residuals
 
   def share(sharded: Any, numbers: Any) -> tuple[Any, Any]:
-    def block(rows: Any, columns: Any, row_sums: Any, d_text: jax.Array) -> tuple[Any, Any]:
+    def block(rows: Any, columns: Any) -> tuple[Any, Any]:
       logits_rxc, same_rxc = _block(rows, columns, *numbers[:2])
       d_rxc = numbers[2] * (jax.nn.sigmoid(logits_rxc) - same_rxc)
-      return ((row_sums[0] + dot(d_rxc, columns[0]), row_sums[1] + jnp.sum(d_rxc, 1)), d_text + dot(d_rxc.T, rows[0]))
+      return (dot(d_rxc, columns[0]), jnp.sum(d_rxc, 1)), dot(d_rxc.T, rows[0])
+
+    def merge(x: Any, y: Any) -> Any:
+      return jax.tree.map(jnp.add, x, y)
 
     image, text = sharded
     position = ring.positions(image.shape[0])
     zeros = jnp.zeros_like(image)
     (d_image, d_bias), d_text = ring.fold(
-      block, (image, position), (text, position), (zeros, jnp.zeros(position.shape)), zeros)
+      block, merge, (image, position), (text, position), (zeros, jnp.zeros(position.shape)), zeros)
     return (numbers[0] * d_image, numbers[0] * d_text), (ring.sum(jnp.sum(image * d_image)), ring.sum(jnp.sum(d_bias)))
 
   (d_image, d_text), (d_scale, d_bias) = ring.run(

@@ -83,7 +83,7 @@ def solve(cost_xNxM: jax.Array, rows_xN: jax.Array, cols_xM: jax.Array, epsilon:
   masses = tuple(jnp.concatenate([x.astype(jnp.float32), jnp.maximum(spare, 0)], -1)
                  for x, spare in ((rows_xN, m - n), (cols_xM, n - m)))
 
-  small = fused and gain_xnxm.shape[-1] * gain_xnxm.shape[-2] <= sinkhorn_kernel.LARGEST
+  fused = fused and sinkhorn_kernel.fits(*gain_xnxm.shape[-2:])
 
   def find(in_logs: bool) -> Callable[[], tuple[jax.Array, jax.Array]]:
     plain = functools.partial(_potentials, _log_domain if in_logs else _exp_domain, epsilon=epsilon,
@@ -91,7 +91,7 @@ def solve(cost_xNxM: jax.Array, rows_xN: jax.Array, cols_xM: jax.Array, epsilon:
     kernel = functools.partial(sinkhorn_kernel.potentials, functools.partial(
       _potentials, epsilon=epsilon, num_iterations=num_iterations), in_logs)
     problem = gain_xnxm, valid_xnxm, masses, rows_first
-    return lambda: jax.lax.platform_dependent(*problem, tpu=kernel, default=plain) if small else plain(*problem)
+    return lambda: jax.lax.platform_dependent(*problem, tpu=kernel, default=plain) if fused else plain(*problem)
 
   reach = jnp.max(high - low, initial=0.0) / (2 * epsilon)
   if 1 / epsilon > _SAFE_EXPONENT:   # half the range of the cosines' costs, [0, 2]
@@ -112,18 +112,18 @@ def _spread(gain_xNxM: jax.Array, axis: int) -> jax.Array:
   return jnp.sum(jnp.sum(gain_xNxM, axis) ** 2, -1, keepdims=True)
 
 
-def _exp_domain(exponent_xnxm: jax.Array, valid_xnxm: jax.Array) -> tuple[Callable, Callable]:
-  """log sum exp(exponent + potential) over columns and over rows, as products with a matrix made once."""
-  kernel = jnp.where(valid_xnxm, jnp.exp(exponent_xnxm), 0.0)
+def _exp_domain(gain_xnxm: jax.Array, valid_xnxm: jax.Array, temperature: float) -> tuple[Callable, Callable]:
+  """log sum exp(gain / temperature + potential) over columns and over rows, as products with a matrix made once."""
+  kernel = jnp.where(valid_xnxm, jnp.exp(gain_xnxm / temperature), 0.0)
   product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
   safe_log = lambda x: jnp.log(jnp.where(x > 0, x, 1.0))  # noqa: E731
   return (lambda g: safe_log(product('...nm,...m->...n', kernel, jnp.exp(g))),
           lambda f: safe_log(product('...nm,...n->...m', kernel, jnp.exp(f))))
 
 
-def _log_domain(exponent_xnxm: jax.Array, valid_xnxm: jax.Array) -> tuple[Callable, Callable]:
+def _log_domain(gain_xnxm: jax.Array, valid_xnxm: jax.Array, temperature: float) -> tuple[Callable, Callable]:
   """The same for any range of exponents."""
-  logits = jnp.where(valid_xnxm, exponent_xnxm, _NEVER)
+  logits = jnp.where(valid_xnxm, gain_xnxm / temperature, _NEVER)
   return (lambda g: jax.nn.logsumexp(logits + g[..., None, :], axis=-1),
           lambda f: jax.nn.logsumexp(logits + f[..., :, None], axis=-2))
 
@@ -141,7 +141,7 @@ def _potentials(domain: Callable[..., tuple[Callable, Callable]], gain_xnxm: jax
 
   stages = _stages(epsilon, num_iterations)
   for k, (temperature, count) in enumerate(stages):
-    over_columns, over_rows = domain(gain_xnxm / temperature, valid_xnxm)
+    over_columns, over_rows = domain(gain_xnxm, valid_xnxm, temperature)
 
     def update(_: int, fg: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
       g = towards(fg[1], 1, over_rows(fg[0]))  # noqa: B023 (used within the same stage)

@@ -126,6 +126,22 @@ def test_token_matching_is_finite(seed, words, scale, same, half, patches):
     np.testing.assert_allclose(loss, np.log(GROUP), rtol=1e-3)
 
 
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 999), scale=st.sampled_from([1.0, 20.0, 100.0]))
+def test_token_matching_does_not_depend_on_the_order_of_pairs_groups_patches_or_words(seed, scale):
+  image, text, mask = tokens(seed, 8)
+  rng = np.random.default_rng(seed)
+  pairs = rng.permuted(np.arange(8).reshape(-1, GROUP), axis=1)[rng.permutation(8 // GROUP)].reshape(-1)
+  patches, words = rng.permutation(P), rng.permutation(W)
+  (loss, aux), (d_image, d_text, d_scale) = compiled()(image, text, scale, mask)
+  (moved, moved_aux), (m_image, m_text, m_scale) = compiled()(
+    image[pairs][:, patches], text[pairs][:, words], scale, mask[pairs][:, words])
+  np.testing.assert_allclose(moved, loss, rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(moved_aux.plans_BxPxW, aux.plans_BxPxW[pairs][:, patches][:, :, words], atol=1e-4)
+  for got, want in ((m_image, d_image[pairs][:, patches]), (m_text, d_text[pairs][:, words]), (m_scale, d_scale)):
+    np.testing.assert_allclose(got, want, atol=2e-3 * np.abs(want).max())
+
+
 def test_token_matching_finds_what_belongs_together():
   image = reference.unit(0, 8, P, D)
   (loss, aux), _ = compiled()(image, image[:, 1:], 50.0, np.ones((8, W), bool))   # the words are five of the patches

@@ -99,18 +99,31 @@ def test_both_domains_agree_and_wide_costs_are_finite(monkeypatch):
   assert np.isfinite(wide).all() and wide.sum(1).max() <= 1 + 1e-5
 
 
+@pytest.mark.parametrize(('count', 'n', 'm'), [(130, 6, 4), (3, 49, 77)])   # more than a block; the paper's recipe
 @pytest.mark.parametrize('in_logs', [False, True])
-def test_the_kernel_equals_the_plain_version(in_logs, monkeypatch):
-  kernel = functools.partial(sinkhorn_kernel.potentials, interpret=True)
+def test_the_kernel_equals_the_plain_version(in_logs, count, n, m, monkeypatch):
   monkeypatch.setattr(sinkhorn, '_SAFE_EXPONENT', -1.0 if in_logs else 21.0)
+  cost, rows, cols = (x[:, None] for x in problems(count, n, m))
+  sinkhorn.solve.clear_cache()
+  plain = sinkhorn.solve(cost, rows, cols, 0.05, 20, False)
+  sinkhorn.solve.clear_cache()
+  kernel = functools.partial(sinkhorn_kernel.potentials, interpret=True)
   monkeypatch.setattr(jax.lax, 'platform_dependent', lambda *args, tpu, default: functools.partial(
     kernel, *tpu.args)(*args))
-  cost, rows, cols = problems(260, 6, 4)   # one block of the kernel and a few more
-  cost, rows, cols = (x.reshape(130, 2, *x.shape[1:]) for x in (cost, rows, cols))
+  np.testing.assert_allclose(sinkhorn.solve(cost, rows, cols, 0.05, 20, True), plain, atol=1e-4)
   sinkhorn.solve.clear_cache()
-  fused = sinkhorn.solve(cost, rows, cols, 0.05, 20, True)
-  np.testing.assert_allclose(fused, sinkhorn.solve(cost, rows, cols, 0.05, 20, False), atol=1e-4)
-  sinkhorn.solve.clear_cache()
+
+
+def test_the_kernel_is_what_a_tpu_gets_and_its_code_does_not_grow_with_the_problem():
+  def calls(n, m, fused=True):
+    shapes = [jax.ShapeDtypeStruct((256, *s), d) for s, d in (((n, m), jnp.float32), ((n,), bool), ((m,), bool))]
+    f = jax.jit(lambda *x: sinkhorn.solve(*x, 0.05, 20, fused))
+    text = f.trace(*shapes).lower(lowering_platforms=('tpu',)).as_text()
+    return [len(line) for line in text.splitlines() if 'tpu_custom_call' in line]
+  small, large = calls(48, 16), calls(48, 77)
+  assert len(small) == len(large) == 2   # in products and in logs
+  assert max(large) < 1.2 * max(small)
+  assert len(calls(196, 77)) == 2 and not calls(196, 197) and not calls(49, 16, fused=False)
 
 
 @pytest.mark.parametrize(('n', 'm'), [(5, 3), (3, 5), (4, 4)])
