@@ -7,6 +7,7 @@ import optax
 
 from lightclip_jax import config as config_lib
 from lightclip_jax import sharding
+from lightclip_jax.errors import UserError
 
 # Decay would only shrink what these learn: offsets, scales, tables of positions and the temperatures.
 NO_DECAY = re.compile(r'(^|/)(bias|scale|gate|logit_\w+|token_logit_scale|\w*position\w*|class_token)$')
@@ -26,7 +27,30 @@ def decay_mask(params: Any) -> Any:
 
 
 def make_optimizer(config: config_lib.Optimizer, steps: int) -> optax.GradientTransformation:
-  """Clipping by the global norm, then AdamW."""
+  """Clipping by the global norm, then AdamW; frozen parameters count in neither, and have no moments."""
   clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-  return optax.chain(clip, optax.adamw(learning_rate(config, steps), b1=config.b1, b2=config.b2, eps=config.eps,
-                                       weight_decay=config.weight_decay, mask=decay_mask))
+  optimizer = optax.chain(clip, optax.adamw(learning_rate(config, steps), b1=config.b1, b2=config.b2, eps=config.eps,
+                                            weight_decay=config.weight_decay, mask=decay_mask))
+  if not config.freeze:
+    return optimizer
+  return optax.partition({'trained': optimizer, 'frozen': optax.set_to_zero()},
+                         lambda params: frozen_labels(params, config.freeze))
+
+
+def frozen_labels(params: Any, pattern: str) -> Any:
+  """'frozen' for the parameters whose path the regular expression finds, 'trained' for the others.
+
+  Raises:
+    UserError: for a pattern that is no regular expression, or finds none or all of the parameters.
+  """
+  try:
+    expression = re.compile(pattern)
+  except re.error as error:
+    raise UserError(f'config.optimizer.freeze {pattern!r} is no regular expression: {error}') from error
+  labels = jax.tree_util.tree_map_with_path(
+    lambda path, _: 'frozen' if expression.search(sharding.path_name(path)) else 'trained', params)
+  if len(set(jax.tree.leaves(labels))) < 2:
+    which = jax.tree.leaves(labels)[0]
+    paths = [sharding.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    raise UserError(f'config.optimizer.freeze {pattern!r} leaves all parameters {which}; they are named like {paths[0]!r}')
+  return labels
