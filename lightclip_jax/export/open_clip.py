@@ -49,8 +49,8 @@ def write(towers: Towers, folder: pathlib.Path) -> dict[str, Any]:
   config = {'model_cfg': {'embed_dim': model.embed_dim, 'custom_text': True, 'vision_cfg': vision, 'text_cfg': text},
             'preprocess_cfg': towers.loaded.preprocessing}
   (folder / 'open_clip_config.json').write_text(json.dumps(config, indent=2) + '\n')
-  hugging_face.write(towers.loaded.tokenizer, model.text.context, folder)
-  return {'format': 'open_clip', 'weights': 'open_clip_model.safetensors'}
+  same = hugging_face.write(towers.loaded.tokenizer, model.text.context, folder)
+  return {'format': 'open_clip', 'weights': 'open_clip_model.safetensors', 'hugging_face_tokenizer': same}
 
 
 def timm_model(image: config_lib.ImageTower) -> tuple[str, dict[str, Any]]:

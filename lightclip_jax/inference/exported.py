@@ -25,11 +25,14 @@ def load(folder: pathlib.Path) -> dict[str, Any]:
   """
   try:
     about = json.loads((folder / MODEL_FILE).read_text(encoding='utf-8'))
-    open_tower = READERS[about['format']]
-    files = {name: folder / about[name] for name in ('image', 'text', 'tokenizer')}
+    kind = about['format']
+    files = {name: folder / about[name] for name in ('image', 'text', 'tokenizer')} if kind in READERS else {}
     fields = {name: about[name] for name in ('preprocessing', 'context', 'embed_dim', 'logit_scale')}
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise UserError(f'{str(folder / MODEL_FILE)!r} does not describe an exported model ({error!r})') from error
+  if kind not in READERS:
+    raise UserError(f'{str(folder)!r} is an export for {kind}; load the checkpoint, or an export for {" or ".join(READERS)}')
+  open_tower = READERS[kind]
   for name, file in files.items():
     if not file.is_file():
       raise UserError(f'{str(folder)!r} lacks its {name} file {file.name!r}')

@@ -138,8 +138,21 @@ def test_open_clip_folder(workdir, tmp_path, monkeypatch, capsys):
   assert {n.split('.')[0] for n in names} == {'visual', 'text', 'logit_scale'}
   config = json.loads((tmp_path / 'out/open_clip_config.json').read_text())
   assert config['model_cfg']['vision_cfg']['timm_pool'] == 'token' and config['preprocess_cfg']['size'] == 32
+  assert json.loads((tmp_path / 'out/model.json').read_text())['hugging_face_tokenizer']
+  with pytest.raises(UserError, match='is an export for open_clip; load the checkpoint'):
+    lightclip_jax.load(tmp_path / 'out')
   about = json.loads((tmp_path / 'out/trunk/config.json').read_text())
   assert about['architecture'] == 'vit_tiny_patch16_224' and about['model_args']['img_size'] == 32
+
+
+def test_hugging_face_tokenizer_gives_the_same_ids(tmp_path):
+  pytest.importorskip('tokenizers')
+  from lightclip_jax.export import hugging_face
+  tokenizer = _tokenizer()
+  converted = hugging_face.convert(tokenizer)
+  for text in (*small_checkpoint.CAPTIONS, 'A  RED house', ' sea ', 'zebra-crossing', '', 'ｔｗｏ'):
+    assert converted.encode(text).ids == [i for i in tokenizer.encode([text], 40)[0] if i != tokenizer.pad_id], text
+  assert hugging_face.write(tokenizer, 12, tmp_path) and (tmp_path / 'tokenizer.json').is_file()
 
 
 def test_a_tower_that_is_not_the_model_fails():

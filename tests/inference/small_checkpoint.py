@@ -17,7 +17,7 @@ CAPTIONS = ('a red circle', 'two blue squares', 'one green triangle on white', '
 
 
 def config(image: str = 'mobilenet_v2', **changes) -> config_lib.Config:
-  towers = {'mobilenet_v2': dict(size=32, width=0.1), 'resnet18': dict(size=32), 'swin_nano': dict(size=56),
+  towers = {'mobilenet_v2': dict(size=32, width=0.1), 'resnet18': dict(size=32), 'swin_nano': dict(size=64, window=4),
             'vit_ti': dict(size=32)}
   model = config_lib.replace(
     config_lib.Model(), embed_dim=16, token_dim=8, image=dict(name=image, **towers[image]),
