@@ -5,6 +5,7 @@ that is not in HANDLERS says so by name; a handler is one line or a few.
 
 A broadcast is not carried out, since ONNX broadcasts by itself: a value's own `shape` then has 1 where JAX's has more.
 """
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -43,6 +44,7 @@ def convert(function: Callable[[jax.Array], jax.Array], item: jax.ShapeDtypeStru
   graph = Graph(onnx, Value(input_name, (batch, *item.shape)), batch)
   result, = graph.run(closed.jaxpr, closed.consts, [graph.input])
   graph.node('Identity', [graph.whole(result, closed.out_avals[0].shape)], output=output_name)
+  graph.fold_scales()
   return graph.model(item, closed.out_avals[0], output_name)
 
 
@@ -101,6 +103,41 @@ class Graph:
     if isinstance(x, np.ndarray):
       return x.transpose(axes)
     return self.node('Transpose', [x], tuple(x.shape[a] for a in axes), perm=list(axes))
+
+  def fold_scales(self) -> None:
+    """Multiplies the factors of normalisations into the weights of the products and convolutions before them."""
+    maker = {node.output[0]: node for node in self._nodes}
+    uses = collections.Counter(name for node in self._nodes for name in node.input)
+    renamed: dict[str, str] = {}
+    for node in [node for node in self._nodes if node.op_type == 'Mul']:
+      factor = next((name for name in node.input if name in self._stored), None)
+      before = next((name for name in node.input if name not in self._stored), None)
+      before = renamed.get(before, before)
+      source = self._scaled_source(maker, uses, before) if factor and before else None
+      if source is None or not _is_last_axis(self._stored[factor]):
+        continue
+      weight, vector = self._stored[source.input[1]], self._stored[factor].reshape(-1)
+      if len(vector) not in (1, weight.shape[0 if source.op_type == 'Conv' else 1]):
+        continue
+      self._stored[source.input[1]] = weight * (vector.reshape(-1, 1, 1, 1) if source.op_type == 'Conv' else vector)
+      self._nodes.remove(node)
+      renamed[node.output[0]] = before
+      uses[before] = uses[node.output[0]]
+    for node in self._nodes:
+      node.input[:] = [renamed.get(name, name) for name in node.input]
+    used = {name for node in self._nodes for name in node.input}
+    self._stored = {name: array for name, array in self._stored.items() if name in used}
+
+  def _scaled_source(self, maker: dict[str, Any], uses: Any, name: str) -> Any:
+    """The product or convolution with stored weights whose output reaches `name` unchanged, and nothing else."""
+    while name in maker and uses[name] == 1:
+      node = maker[name]
+      if node.op_type in ('MatMul', 'Conv'):
+        alone = uses[node.input[1]] == 1 and self._stored.get(node.input[1], np.zeros(0)).ndim in (2, 4)
+        return node if alone else None
+      keeps_channels = node.op_type == 'Reshape' or (node.op_type == 'Transpose' and list(node.attribute[0].ints) == [*_NHWC])
+      name = node.input[0] if keeps_channels else ''
+    return None
 
   def kind(self, dtype: Any) -> int:
     """ONNX's number for a dtype."""
@@ -302,6 +339,10 @@ HANDLERS: dict[str, Callable[..., Operand]] = {
   'squeeze': _reshape, 'concatenate': _concatenate, 'slice': _slice, 'cumsum': _cumsum, 'dot_general': _dot,
   'conv_general_dilated': _conv, 'reduce_window_max': _max_pool, 'gather': _gather,
 }
+
+
+def _is_last_axis(array: np.ndarray) -> bool:
+  return array.size == array.shape[-1] if array.ndim else False
 
 
 def _int64(*rows: Sequence[int]) -> list[np.ndarray]:

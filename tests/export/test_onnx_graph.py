@@ -70,6 +70,20 @@ def test_what_does_not_depend_on_the_input_is_stored():
   assert model.opset_import[0].version == onnx_graph.OPSET
 
 
+def test_factors_of_normalisations_are_folded_into_the_weights_before_them():
+  factor = jnp.arange(1.0, 7.0).reshape(1, 1, 1, 6)
+
+  def normed(x):
+    x = jax.nn.relu6(convolution.conv(x, KERNEL, 1) * factor + factor)
+    return convolution.dense(x, jnp.asarray(KERNEL[0, 0].T)) * factor[..., :4] + x[..., :4] * 2   # x is used twice: stays
+
+  model = onnx_graph.convert(normed, jax.ShapeDtypeStruct((6, 6, 4), jnp.float32), 'x', 'y')
+  assert sum(node.op_type == 'Mul' for node in model.graph.node) == 1
+  session = onnxruntime.InferenceSession(model.SerializeToString(), providers=['CPUExecutionProvider'])
+  x = RNG.normal(size=(2, 6, 6, 4)).astype(np.float32)
+  np.testing.assert_allclose(session.run(None, {'x': x})[0], jax.jit(normed)(x), rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize('function, words', [
   (lambda x: jnp.sort(x, axis=-1), "no handler for the JAX primitive 'sort'"),
   (lambda x: jax.lax.cond(x.sum() > 0, jnp.sin, jnp.cos, x), 'depends on the input'),
