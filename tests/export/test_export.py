@@ -83,7 +83,7 @@ def test_restore_is_the_inverse_of_convert(name):
     convert.restore({'params': {'nonsense': np.zeros(3)}}, convert.RESNET18)
 
 
-@pytest.mark.parametrize('heads', [1, 2, 4])
+@pytest.mark.parametrize('heads', [1, 4])   # two channels a head, and one
 def test_wider_text_tower_without_a_mask_ignores_padding(heads):
   """A numpy Transformer without any mask, as open_clip runs this config, against our tower with its mask."""
   small = config_lib.replace(CONFIG, model=dict(text=dict(heads=heads)))
@@ -94,7 +94,7 @@ def test_wider_text_tower_without_a_mask_ignores_padding(heads):
   assert config['width'] % heads == 0 and config['no_causal_mask']
   tokens = verify.noise(exporting)['text']
   got = _open_clip_text({k.removeprefix('text.'): v.astype(np.float64) for k, v in weights.items()}, config, tokens)
-  np.testing.assert_allclose(got, np.asarray(exporting.text(tokens)), atol=1e-5)
+  np.testing.assert_allclose(got, np.asarray(jax.jit(exporting.text)(tokens)), atol=1e-5)
 
 
 def _tokenizer():
