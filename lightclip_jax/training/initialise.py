@@ -18,10 +18,29 @@ def initialise(config: config_lib.Config, state: TrainState) -> tuple[TrainState
   Raises:
     UserError: for a file that cannot be read or does not fit the towers.
   """
-  init, lines = config.init, []
-  if not (init.checkpoint or init.image or init.text):
+  old = {'params': state.params, 'batch_stats': state.batch_stats}
+  variables, lines = _apply(config, old)
+  if not lines:
     return state, lines
-  variables = {'params': state.params, 'batch_stats': state.batch_stats}
+  placed = jax.tree.map(lambda new, leaf: new if new is leaf else jax.device_put(np.asarray(new), leaf.sharding),
+                        variables, old)
+  ema = None if state.ema is None else jax.tree.map(jnp.copy, placed['params'])
+  return dataclasses.replace(state, **placed, ema=ema), lines
+
+
+def check(config: config_lib.Config, abstract: TrainState) -> None:
+  """Raises what `initialise` would, before a run has written or compiled anything.
+
+  Args:
+    config: the run's.
+    abstract: the shapes of its state.
+  """
+  shapes = {'params': abstract.params, 'batch_stats': abstract.batch_stats}
+  _apply(config, jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), shapes))
+
+
+def _apply(config: config_lib.Config, variables: pretrained.Variables) -> tuple[pretrained.Variables, list[str]]:
+  init, lines = config.init, []
   if init.checkpoint:
     source = checkpoint.load(pathlib.Path(init.checkpoint)).variables
     variables, report = pretrained.restore_partially(source, variables, init.checkpoint_pattern)
@@ -32,8 +51,4 @@ def initialise(config: config_lib.Config, state: TrainState) -> tuple[TrainState
   if init.text:
     variables, report = pretrained.text_tower(init.text, variables, init.vocabulary)
     lines += [f'text tower from {init.text!r}: {line}' for line in report.lines()]
-  old = {'params': state.params, 'batch_stats': state.batch_stats}
-  placed = jax.tree.map(lambda new, leaf: new if new is leaf else jax.device_put(np.asarray(new), leaf.sharding),
-                        variables, old)
-  ema = None if state.ema is None else jax.tree.map(jnp.copy, placed['params'])
-  return dataclasses.replace(state, **placed, ema=ema), lines
+  return variables, lines

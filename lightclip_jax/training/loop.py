@@ -56,6 +56,8 @@ class Run:
     folder = datasets.resolve(config.data.dataset)
     self._tokenizer = pipeline.load_tokenizer(folder)
     checks.check_tokenizer(config, self._tokenizer)
+    if not workdir.exists():   # a run that continues needs these files no more
+      initialise.check(config, self._abstract)
     checks.claim_workdir(workdir, config)
     self._evaluator = evaluator.Evaluator(config, folder, self._tokenizer, self._mesh, workdir)
     self._batches = pipeline.train_batches(

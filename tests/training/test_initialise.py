@@ -58,3 +58,7 @@ def test_a_state_starts_from_a_file(monkeypatch):
     np.testing.assert_array_equal(tree['image']['kernel'], np.zeros(3))
   assert isinstance(new.params['text']['final_norm']['scale'], jax.Array)
   assert lines[0] == "text tower from 'clip.pth': 2 tensors matched"
+  initialise.check(config, state)
+  monkeypatch.undo()
+  with pytest.raises(UserError, match="there is no weight file 'clip.pth'"):
+    initialise.check(config, state)
