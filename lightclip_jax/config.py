@@ -146,6 +146,17 @@ class Optimizer:
   eps: float = 1e-6
   clip_norm: float = 1.0       # 0: no clipping
   ema_decay: float = 0.0       # 0: no moving average; else evaluation and export use it
+  freeze: str = ''             # regular expression of parameters that stay as they are, such as '^image/'; '': none
+
+
+@dataclasses.dataclass(frozen=True)
+class Initialise:
+  """What a fresh run starts from; '' is chance. Later ones overwrite: checkpoint, image, text."""
+  checkpoint: str = ''         # a workdir of lightclip_jax.main
+  checkpoint_pattern: str = '.*'   # regular expression of the paths to take from it, such as '^params/text/'
+  image: str = ''              # a .safetensors or .pth file by the names of timm, torchvision or open_clip
+  text: str = ''               # the same, by open_clip's names
+  vocabulary: Literal['error', 'skip', 'rows'] = 'error'   # token embeddings of another number; 'rows': those both have
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,6 +201,7 @@ class Config:
   data: Data = Data()
   objective: Objective = Objective()
   optimizer: Optimizer = Optimizer()
+  init: Initialise = Initialise()
   train: Train = Train()
   checkpoint: Checkpoint = Checkpoint()
   evaluation: Evaluation = Evaluation()

@@ -33,9 +33,22 @@ def decode(data: bytes) -> np.ndarray:
 def _decode_any(data: bytes) -> np.ndarray:
   """Slower, for what OpenCV does not read: palettes, grey images and rare formats."""
   try:
-    image = PIL.Image.open(io.BytesIO(data)).convert('RGBA')
+    return to_rgb(PIL.Image.open(io.BytesIO(data)))
   except (OSError, SyntaxError) as error:
     raise ValueError(f'{len(data)} bytes are not an image: {error}') from error
+
+
+def to_rgb(image: PIL.Image.Image) -> np.ndarray:
+  """uint8 RGB [H, W, 3] of a PIL image: transparency becomes white, 16-bit grey keeps its upper byte.
+
+  Raises:
+    ValueError: for mode F, whose range nobody knows.
+  """
+  if image.mode == 'F':
+    raise ValueError("mode 'F' has no range that is black to white; convert the image to 'L' first")
+  if image.mode.startswith('I'):   # Pillow would clip at 255
+    image = PIL.Image.fromarray((np.clip(np.asarray(image), 0, 65535) // 256).astype(np.uint8))
+  image = image.convert('RGBA')
   white = PIL.Image.new('RGBA', image.size, 'white')
   return np.asarray(PIL.Image.alpha_composite(white, image).convert('RGB'))
 

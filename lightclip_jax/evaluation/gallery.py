@@ -12,7 +12,7 @@ from lightclip_jax.data.records import Record
 from lightclip_jax.evaluation import prompts
 from lightclip_jax.evaluation.ranks import best_ranks
 from lightclip_jax.evaluation.session import Session
-from lightclip_jax.evaluation.zero_shot import class_embeddings
+from lightclip_jax.inference.class_names import class_embeddings
 
 DRAWN = 96   # pixels of a drawn image
 

@@ -1,9 +1,8 @@
 """Zero-shot classification: the class whose text lies nearest to the image.
 
-Letters: N images, C classes, T templates, D embedding.
+Letters: N images, C classes, D embedding.
 """
 import dataclasses
-from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -27,7 +26,7 @@ def zero_shot(
 
   Args:
     image_embeddings_NxD: float32 [N, D], unit vectors.
-    class_embeddings_CxD: float32 [C, D], unit vectors (`class_embeddings`).
+    class_embeddings_CxD: float32 [C, D], unit vectors (inference/class_names.py).
     labels_N: int [N], each in [0, C).
     top: the k of top-k.
     chunk: images at a time.
@@ -45,29 +44,3 @@ def zero_shot(
   right, seen = np.bincount(labels_N, ranks_N == 0), np.bincount(labels_N)
   shares = {k: float(np.mean(ranks_N < k)) for k in top}
   return ZeroShotResult(shares, float(np.mean(right[seen > 0] / seen[seen > 0])), ranks_N, len(labels_N))
-
-
-def class_embeddings(
-    embed: Callable[[list[str]], np.ndarray], names: Sequence[str], templates: Sequence[str]) -> np.ndarray:
-  """One unit vector a class: the mean over templates of the unit text vectors, normalised again (as CLIP does).
-
-  Args:
-    embed: list of N texts -> float32 [N, D], unit vectors.
-    names: the C class names.
-    templates: each with one `{}` for the name.
-
-  Returns:
-    float32 [C, D].
-
-  Raises:
-    UserError: for an empty class name, or a template without exactly one `{}`.
-  """
-  for name in names:
-    if not name.strip():
-      raise UserError(f'class {list(names).index(name)} has no name; zero-shot classification needs one for each class')
-  for template in templates:
-    if template.count('{}') != 1:
-      raise UserError(f'prompt template {template!r} must hold {{}} once, where the class name goes')
-  texts = [template.replace('{}', name) for name in names for template in templates]
-  means_CxD = embed(texts).reshape(len(names), len(templates), -1).mean(axis=1)
-  return means_CxD / np.linalg.norm(means_CxD, axis=1, keepdims=True).clip(1e-12)

@@ -11,6 +11,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from lightclip_jax import config as config_lib
+from lightclip_jax import sharding
 from lightclip_jax.data import tokenizers
 from lightclip_jax.errors import UserError
 from lightclip_jax.models import lightclip
@@ -44,7 +45,7 @@ def load(path: pathlib.Path, step: int | None = None) -> Loaded:
   """Reads the newest (or the given) checkpoint of a run: the moving average where there is one, else the parameters.
 
   Raises:
-    UserError: if `path` holds no checkpoint, or not that step.
+    UserError: if `path` holds no checkpoint, not that step, or one that is not whole.
   """
   folder = checkpoint_folder(path).absolute()
   options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
@@ -53,11 +54,27 @@ def load(path: pathlib.Path, step: int | None = None) -> Loaded:
     step = max(steps) if step is None else step
     if step not in steps:
       raise UserError(f'{str(path)!r} has no checkpoint of step {step}; it has {sorted(steps)}')
-    run = manager.restore(step, args=ocp.args.Composite(**{RUN: ocp.args.JsonRestore()}))[RUN]
-    config = config_lib.from_dict(run['config'])
-    abstract = _abstract(config)
-    state = manager.restore(step, args=ocp.args.Composite(**{STATE: ocp.args.PyTreeRestore(
-        item=abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=True)}))[STATE]
+    try:
+      return _restore(manager, step)
+    except UserError:
+      raise
+    except (ValueError, KeyError, OSError) as error:   # Orbax has no error of its own for a checkpoint that lacks files
+      first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+      raise UserError(f'checkpoint {step} in {str(folder)!r} cannot be read; is it whole? {first_line}') from error
+
+
+def _restore(manager: ocp.CheckpointManager, step: int) -> Loaded:
+  run = manager.restore(step, args=ocp.args.Composite(**{RUN: ocp.args.JsonRestore()}))[RUN]
+  for part in ('config', 'tokenizer', 'preprocessing'):
+    if not run.get(part):
+      raise UserError(f'checkpoint {step} in {str(manager.directory)!r} holds no {part}')
+  config = config_lib.from_dict(run['config'])
+  abstract = _abstract(config)
+  state = manager.restore(step, args=ocp.args.Composite(**{STATE: ocp.args.PyTreeRestore(
+      item=abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=True)}))[STATE]
+  for key, leaf in jax.tree_util.tree_leaves_with_path(state):
+    if isinstance(leaf, jax.ShapeDtypeStruct):   # what a partial restore does not find it leaves as it was
+      raise UserError(f'checkpoint {step} in {str(manager.directory)!r} lacks {sharding.path_name(key)}; is it whole?')
   variables = {'params': state.get('ema', state.get('params')), 'batch_stats': state.get('batch_stats', {})}
   return Loaded(step, config, variables, tokenizers.from_bytes(base64.b64decode(run['tokenizer'])), run['preprocessing'])
 

@@ -1,9 +1,9 @@
-"""Weights by timm's and open_clip's names -> our trees. numpy in, dict out; PyTorch is not needed.
+"""Weights by timm's and open_clip's names -> our trees, and back. numpy in, dict out; PyTorch is not needed.
 
 Letters: O output channels, I input channels, k kernel side.
 """
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -89,6 +89,61 @@ def convert(weights: Mapping[str, np.ndarray], rules: Rules) -> dict[str, Any]:
       leaf = leaf if leaf != 'weight' else 'scale' if array.ndim == 1 else 'kernel'
       tree[leaf] = _transposed(array) if leaf == 'kernel' else array
   return out
+
+
+def restore(variables: Mapping[str, Any], rules: Rules) -> dict[str, np.ndarray]:
+  """The inverse of `convert`: one tower's arrays by PyTorch name, for export.
+
+  Raises:
+    UserError: for a variable that no rule gives a name.
+  """
+  out = {}
+  for collection in ('params', 'batch_stats'):
+    for path, array in _leaves(variables.get(collection, {})):
+      *parents, leaf = path
+      name = {'kernel': 'weight', 'scale': 'weight'}.get(leaf, leaf)
+      name = {ours: theirs for theirs, ours in _LEAVES.items()}[leaf] if collection == 'batch_stats' else name
+      out[_name('/'.join([*parents, name]), rules)] = _restored(array) if leaf == 'kernel' else array
+  return out
+
+
+def _leaves(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], np.ndarray]]:
+  for name, value in tree.items():
+    if isinstance(value, Mapping):
+      yield from _leaves(value, (*path, name))
+    else:
+      yield (*path, name), np.asarray(value)
+
+
+def _name(path: str, rules: Rules) -> str:
+  """The PyTorch name that the rules turn into this path: each rule is tried backwards, and its answer forwards."""
+  for i, (pattern, replacement) in enumerate(rules):
+    if not replacement or replacement.endswith(('/', '.')):
+      continue
+    backwards, template = _reversed(pattern, replacement)
+    if match := re.fullmatch(backwards, path):
+      name = match.expand(template)
+      for prefix in reversed(rules[:i]):
+        if prefix[1].endswith(('/', '.')):
+          backwards, template = _reversed(*prefix)
+          name = re.sub(f'^{backwards}', template, name)
+      if _path(name, rules) == path:
+        return name
+  raise UserError(f'no rule for the variable {path!r}; is it of another tower?')
+
+
+def _reversed(pattern: str, replacement: str) -> tuple[str, str]:
+  """The rule that undoes this one. Groups stand in the same order on both sides."""
+  groups = re.findall(r'\([^)]*\)', pattern)
+  parts = re.split(r'\\(\d)', replacement)
+  backwards = ''.join(groups[int(part) - 1] if i % 2 else re.escape(part) for i, part in enumerate(parts))
+  numbers = iter(range(1, len(groups) + 1))
+  template = re.sub(r'\([^)]*\)', lambda _: f'\\{next(numbers)}', pattern)
+  return backwards, template.replace('\\.', '.')
+
+
+def _restored(array: np.ndarray) -> np.ndarray:
+  return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
 
 
 def _path(name: str, rules: Rules) -> str:

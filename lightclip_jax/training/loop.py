@@ -19,7 +19,7 @@ from lightclip_jax import sharding
 from lightclip_jax.data import datasets, pipeline
 from lightclip_jax.models import lightclip
 from lightclip_jax.training import checkpoint as checkpoint_lib
-from lightclip_jax.training import checks, evaluator, metrics, preemption
+from lightclip_jax.training import checks, evaluator, initialise, metrics, preemption
 from lightclip_jax.training.step import Trainer, put_batch
 
 SLOW_SECONDS = 2 * 3600.0   # a run on a CPU that will take longer is advised to be the quick start
@@ -56,6 +56,8 @@ class Run:
     folder = datasets.resolve(config.data.dataset)
     self._tokenizer = pipeline.load_tokenizer(folder)
     checks.check_tokenizer(config, self._tokenizer)
+    if not workdir.exists():   # a run that continues needs these files no more
+      initialise.check(config, self._abstract)
     checks.claim_workdir(workdir, config)
     self._evaluator = evaluator.Evaluator(config, folder, self._tokenizer, self._mesh, workdir)
     self._batches = pipeline.train_batches(
@@ -134,8 +136,10 @@ class Run:
   def _compile_and_initialise(self) -> None:
     with concurrent.futures.ThreadPoolExecutor(1) as pool:   # both are compilations, of which each keeps one core busy
       compiling = pool.submit(self._compile)
-      self.state = self._trainer.init_state()
+      self.state, report = initialise.initialise(self.config, self._trainer.init_state())
       compiling.result()
+    for line in report:
+      print(line, flush=True)
 
   def _one_step(self) -> None:
     start = time.perf_counter()

@@ -7,6 +7,7 @@ import optax
 
 from lightclip_jax import config as config_lib
 from lightclip_jax import sharding
+from lightclip_jax.errors import UserError
 
 # Decay would only shrink what these learn: offsets, scales, tables of positions and the temperatures.
 NO_DECAY = re.compile(r'(^|/)(bias|scale|gate|logit_\w+|token_logit_scale|\w*position\w*|class_token)$')
@@ -46,15 +47,46 @@ def matrices(params: Any) -> Any:
 
 
 def make_optimizer(config: config_lib.Optimizer, steps: int) -> optax.GradientTransformation:
-  """Clipping by the global norm, then AdamW, or Muon (whose matrices alone decay) with Adam for the rest."""
+  """Clipping by the global norm, then AdamW, or Muon (whose matrices alone decay) with Adam for the rest.
+
+  Frozen parameters count in neither, and have no moments.
+  """
   clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-  rate = learning_rate(config, steps)
-  if config.name == 'adamw':
-    return optax.chain(clip, optax.adamw(rate, b1=config.b1, b2=config.b2, eps=config.eps,
-                                         weight_decay=config.weight_decay, mask=decay_mask))
+  optimizer = optax.chain(clip, _adamw(config, steps) if config.name == 'adamw' else _muon(config, steps))
+  if not config.freeze:
+    return optimizer
+  return optax.partition({'trained': optimizer, 'frozen': optax.set_to_zero()},
+                         lambda params: frozen_labels(params, config.freeze))
+
+
+def _adamw(config: config_lib.Optimizer, steps: int) -> optax.GradientTransformation:
+  return optax.adamw(learning_rate(config, steps), b1=config.b1, b2=config.b2, eps=config.eps,
+                     weight_decay=config.weight_decay, mask=decay_mask)
+
+
+def _muon(config: config_lib.Optimizer, steps: int) -> optax.GradientTransformation:
   # consistent_rms: updates of the size that AdamW's have, whatever the matrix's shape (arXiv:2502.16982). Three iterations
   # after the "aol" scaling (arXiv:2512.04632) learn as much as five after the usual one, in less than half the time.
-  return optax.chain(clip, optax.contrib.muon(
-      _schedule(config.matrix_learning_rate, config, steps), weight_decay=config.weight_decay, adam_learning_rate=rate,
-      adam_b1=config.b1, adam_b2=config.b2, eps=config.eps, ns_steps=3, preconditioning='aol', consistent_rms=0.2,
-      muon_weight_dimension_numbers=matrices))
+  return optax.contrib.muon(
+      _schedule(config.matrix_learning_rate, config, steps), weight_decay=config.weight_decay,
+      adam_learning_rate=learning_rate(config, steps), adam_b1=config.b1, adam_b2=config.b2, eps=config.eps, ns_steps=3,
+      preconditioning='aol', consistent_rms=0.2, muon_weight_dimension_numbers=matrices)
+
+
+def frozen_labels(params: Any, pattern: str) -> Any:
+  """'frozen' for the parameters whose path the regular expression finds, 'trained' for the others.
+
+  Raises:
+    UserError: for a pattern that is no regular expression, or finds none or all of the parameters.
+  """
+  try:
+    expression = re.compile(pattern)
+  except re.error as error:
+    raise UserError(f'config.optimizer.freeze {pattern!r} is no regular expression: {error}') from error
+  labels = jax.tree_util.tree_map_with_path(
+    lambda path, _: 'frozen' if expression.search(sharding.path_name(path)) else 'trained', params)
+  if len(set(jax.tree.leaves(labels))) < 2:
+    which = jax.tree.leaves(labels)[0]
+    paths = [sharding.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    raise UserError(f'config.optimizer.freeze {pattern!r} leaves all parameters {which}; they are named like {paths[0]!r}')
+  return labels

@@ -8,7 +8,8 @@ from lightclip_jax.errors import UserError
 from lightclip_jax.evaluation import prompts
 from lightclip_jax.evaluation.ranks import best_ranks
 from lightclip_jax.evaluation.retrieval import retrieval
-from lightclip_jax.evaluation.zero_shot import class_embeddings, zero_shot
+from lightclip_jax.evaluation.zero_shot import zero_shot
+from lightclip_jax.inference.class_names import class_embeddings
 
 
 def unit(rng, *shape):

@@ -125,7 +125,7 @@ def test_debug_shows_the_traceback(tmp_path, environment):
 
 
 def test_help_has_an_example(environment):
-  for module in ('main', 'evaluate', 'prepare'):
+  for module in ('main', 'evaluate', 'prepare', 'export'):
     done = subprocess.run([sys.executable, '-m', f'lightclip_jax.{module}', '--help'], cwd=ROOT, env=environment,
                           capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and f'python -m lightclip_jax.{module}' in done.stdout

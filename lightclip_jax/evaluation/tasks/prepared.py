@@ -9,7 +9,8 @@ from lightclip_jax.evaluation import prompts
 from lightclip_jax.evaluation.metrics import Metric
 from lightclip_jax.evaluation.retrieval import Direction, retrieval
 from lightclip_jax.evaluation.session import Session
-from lightclip_jax.evaluation.zero_shot import class_embeddings, zero_shot
+from lightclip_jax.evaluation.zero_shot import zero_shot
+from lightclip_jax.inference.class_names import class_embeddings
 
 # One-nearest-neighbour image-to-image from the other styles (measured; docs/DATA.md).
 _PIXELS, _FEATURES = 'raw-pixel 1-NN', 'ImageNet MobileNetV2 features 1-NN'

@@ -1,0 +1,1 @@
+"""Trained towers written in formats that other runtimes read."""

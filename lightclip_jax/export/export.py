@@ -1,0 +1,104 @@
+"""A checkpoint in, a folder out: towers, tokenizer, `model.json`, and the proof that they are the model."""
+import json
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from lightclip_jax.errors import UserError
+from lightclip_jax.export import onnx_files, open_clip, stablehlo, verify
+from lightclip_jax.export import towers as towers_lib
+from lightclip_jax.inference import checkpoint, exported
+from lightclip_jax.inference import model as model_lib
+
+# format -> write(towers, folder): makes the tower files, returns what model.json says about them.
+FORMATS: dict[str, Callable[[towers_lib.Towers, pathlib.Path], dict[str, Any]]] = {
+  'onnx': onnx_files.write, 'stablehlo': stablehlo.write, 'open_clip': open_clip.write}
+TOKENIZER_FILE = 'tokenizer.model'
+
+
+def export(loaded: checkpoint.Loaded, kind: str, out: pathlib.Path, *, data: pathlib.Path | None = None,
+           int8: bool = False) -> Iterator[str]:
+  """Writes and verifies the folder, and yields lines that say what was measured.
+
+  Args:
+    loaded: the checkpoint.
+    kind: one of `FORMATS`.
+    out: the folder; it is made, or must be empty or an earlier export.
+    data: a prepared folder to verify on; None: the config's data set, if it is on this machine.
+    int8: for onnx: writes `out/int8` too.
+
+  Raises:
+    UserError: for a folder with something else in it, a missing package, or an export that is not the model.
+  """
+  if int8 and kind != 'onnx':
+    raise UserError(f'--int8 is for --format=onnx, not for {kind}')
+  if out.exists() and (not out.is_dir() or any(out.iterdir()) and not (out / exported.MODEL_FILE).is_file()):
+    raise UserError(f'{str(out)!r} holds something else; give a new folder')
+  out.mkdir(parents=True, exist_ok=True)
+  towers = towers_lib.from_checkpoint(loaded)
+  inputs = {'noise': verify.noise(towers)}
+  data = data or verify.prepared_folder(loaded.config.data.dataset)
+  if data:
+    inputs['real'] = verify.real(towers, data)
+  else:
+    yield f'the data set {loaded.config.data.dataset!r} is not here: verified on noise alone (--data names a prepared folder)'
+  (out / TOKENIZER_FILE).write_bytes(loaded.tokenizer.to_bytes())
+  about = {**FORMATS[kind](towers, out), **towers.description(), 'tokenizer': TOKENIZER_FILE}
+  if kind == 'open_clip':
+    about['cosines'] = open_clip.cosines(towers, out, inputs)
+    _finish(out, about)
+    yield _cosine_line(about['cosines']) if about['cosines'] else open_clip.UNVERIFIED
+    return
+  _finish(out, about)
+  models = [model_lib.from_checkpoint(towers.loaded), model_lib.load(out)]
+  about['cosines'] = verify.cosines(_sides(models[0]), _sides(models[1]), inputs)
+  _finish(out, about)
+  yield _cosine_line(about['cosines'])
+  verify.check(about['cosines'])
+  if int8:
+    models.append(_quantized(out, about, models[0], inputs))
+    yield 'int8: ' + _cosine_line(models[-1][1])
+    models[-1] = models[-1][0]
+  if kind == 'onnx':
+    yield from _comparison(models, towers, out, data)
+
+
+def _quantized(out: pathlib.Path, about: dict[str, Any], reference: model_lib.Model, inputs: Any) -> tuple[Any, Any]:
+  folder = out / 'int8'
+  folder.mkdir(exist_ok=True)
+  onnx_files.quantize(out, folder)
+  (folder / TOKENIZER_FILE).write_bytes((out / TOKENIZER_FILE).read_bytes())
+  _finish(folder, about)
+  model = model_lib.load(folder)
+  cosines = verify.cosines(_sides(reference), _sides(model), inputs)
+  _finish(folder, {**about, 'cosines': cosines})
+  return model, cosines
+
+
+def _comparison(models: list[model_lib.Model], towers: towers_lib.Towers, out: pathlib.Path,
+                data: pathlib.Path | None) -> Iterator[str]:
+  """Accuracy, size and latency, a line a model."""
+  folders = [None, out, out / 'int8'][:len(models)]
+  accuracies = verify.accuracy(models, towers, data) if data else None
+  example = np.zeros((1, *towers.image_item.shape), np.uint8)
+  for i, (model, folder) in enumerate(zip(models, folders, strict=True)):
+    tower = exported.onnx_tower(folder / 'image.onnx', threads=1) if folder else model.image_tower
+    name = ('JAX, all threads', 'ONNX, one thread', 'int8, one thread')[i]
+    line = f'{name}: {verify.latency(tower, example):.2f} ms an image'
+    if folder:
+      line += ''.join(f', {name} {(folder / name).stat().st_size / 1e6:.2f} MB' for name in ('image.onnx', 'text.onnx'))
+    yield line + (f', zero-shot top-1 {100 * accuracies[i]:.2f} %' if accuracies else '')
+
+
+def _sides(model: model_lib.Model) -> dict[str, Callable]:
+  return {'image': model.image_tower, 'text': model.text_tower}
+
+
+def _cosine_line(cosines: dict[str, float]) -> str:
+  return 'lowest cosines with the JAX model: ' + ', '.join(f'{name} {value:.6f}' for name, value in cosines.items())
+
+
+def _finish(folder: pathlib.Path, about: dict[str, Any]) -> None:
+  (folder / exported.MODEL_FILE).write_text(json.dumps(about, indent=2) + '\n', encoding='utf-8')

@@ -1,0 +1,88 @@
+"""Exported folders read back: two towers, a tokenizer and `model.json`. None of our model code runs.
+
+Letters: b examples that a tower gets at a time, S image size, W text positions, D embedding.
+"""
+import importlib
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from lightclip_jax.data import tokenizers
+from lightclip_jax.errors import UserError
+
+MODEL_FILE = 'model.json'
+
+
+def load(folder: pathlib.Path) -> dict[str, Any]:
+  """The fields of `inference.model.Model`.
+
+  Raises:
+    UserError: if `model.json` cannot be read or a file that it names is missing.
+  """
+  try:
+    about = json.loads((folder / MODEL_FILE).read_text(encoding='utf-8'))
+    kind = about['format']
+    files = {name: folder / about[name] for name in ('image', 'text', 'tokenizer')} if kind in READERS else {}
+    fields = {name: about[name] for name in ('preprocessing', 'context', 'embed_dim', 'logit_scale')}
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise UserError(f'{str(folder / MODEL_FILE)!r} does not describe an exported model ({error!r})') from error
+  if kind not in READERS:
+    raise UserError(f'{str(folder)!r} is an export for {kind}; load the checkpoint, or an export for {" or ".join(READERS)}')
+  open_tower = READERS[kind]
+  for name, file in files.items():
+    if not file.is_file():
+      raise UserError(f'{str(folder)!r} lacks its {name} file {file.name!r}')
+  return {**fields, 'tokenizer': tokenizers.load(files['tokenizer']),
+          'image_tower': open_tower(files['image']), 'text_tower': open_tower(files['text'])}
+
+
+def onnx_tower(file: pathlib.Path, threads: int = 0) -> Callable[[np.ndarray], np.ndarray]:
+  """A tower that ONNX Runtime runs on the CPU: uint8 [b, S, S, 3] or int32 [b, W] -> float32 [b, D].
+
+  Args:
+    file: the .onnx file.
+    threads: of one operator; 0: all cores.
+
+  Raises:
+    UserError: if onnxruntime is not installed, or the file is damaged.
+  """
+  onnxruntime = optional('onnxruntime')
+  options = onnxruntime.SessionOptions()
+  options.intra_op_num_threads, options.log_severity_level = threads, 3
+  try:
+    session = onnxruntime.InferenceSession(str(file), options, providers=['CPUExecutionProvider'])
+  except Exception as error:   # its exceptions have no common base
+    raise UserError(f'ONNX Runtime cannot read {str(file)!r}: {str(error).splitlines()[0]}') from error
+  name = session.get_inputs()[0].name
+  return lambda batch: session.run(None, {name: batch})[0]
+
+
+def stablehlo_tower(file: pathlib.Path) -> Callable[[np.ndarray], jax.Array]:
+  """A tower that `jax.export` serialised, weights included; compiled once for each batch size.
+
+  Raises:
+    UserError: if the file is damaged.
+  """
+  try:
+    return jax.jit(jax.export.deserialize(bytearray(file.read_bytes())).call)
+  except Exception as error:   # flatbuffers and MLIR have errors of their own
+    raise UserError(f'{str(file)!r} is no serialised JAX function: {str(error).splitlines()[:1]}') from error
+
+
+READERS = {'onnx': onnx_tower, 'stablehlo': stablehlo_tower}
+
+
+def optional(package: str) -> Any:
+  """The module of a package that only export needs.
+
+  Raises:
+    UserError: if it is not installed, with the command that installs it.
+  """
+  try:
+    return importlib.import_module(package)
+  except ImportError as error:
+    raise UserError(f"this needs the package {package}: pip install 'lightclip-jax[export]'") from error

@@ -1,0 +1,134 @@
+"""The model as its users see it: images and texts in, embeddings and probabilities out. No training code is imported.
+
+Letters: N examples, b examples that a tower gets at a time, S image size, W text positions, D embedding, C classes.
+"""
+import dataclasses
+import functools
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from lightclip_jax.data.tokenizers import Tokenizer
+from lightclip_jax.errors import UserError
+from lightclip_jax.inference import checkpoint, exported
+from lightclip_jax.inference import class_names as class_names_lib
+from lightclip_jax.inference import images as images_lib
+from lightclip_jax.models import lightclip
+
+# A tower is compiled once for each of these batch sizes at most; what does not fill one is padded.
+BUCKETS = (1, 8, 64)
+
+Tower = Callable[[np.ndarray], Any]   # uint8 [b, S, S, 3] or int32 [b, W] -> float32 [b, D], unit norm
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """Two towers with their tokenizer and preprocessing.
+
+  Attributes:
+    image_tower, text_tower: what embeds one bucket.
+    tokenizer: texts to ids.
+    preprocessing: 'size', 'mean', 'std', 'interpolation', 'resize_mode', in open_clip's terms.
+    context: W.
+    embed_dim: D.
+    logit_scale: what multiplies cosines before the softmax.
+  """
+  image_tower: Tower
+  text_tower: Tower
+  tokenizer: Tokenizer
+  preprocessing: dict[str, Any]
+  context: int
+  embed_dim: int
+  logit_scale: float
+
+  def encode_image(self, images: Sequence[images_lib.Image] | np.ndarray) -> np.ndarray:
+    """float32 [N, D], unit norm, of N PIL images or paths, or of uint8 [N, H, W, 3] in RGB.
+
+    Raises:
+      UserError: for an image that cannot be read, or an array of another type or shape.
+    """
+    images_lib.check(images)
+    size = self.preprocessing['size']
+    return self._embed(self.image_tower, [images_lib.prepare(part, size) for part in _parts(images)])
+
+  def encode_text(self, texts: Sequence[str]) -> np.ndarray:
+    """float32 [N, D], unit norm, of N texts.
+
+    Raises:
+      UserError: for what is not a list of str.
+    """
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+      raise UserError(f'texts is {str(texts)[:60]!r}; it must be a list of str')
+    return self._embed(self.text_tower, [self.tokenizer.encode(part, self.context) for part in _parts(texts)])
+
+  def classify(self, images: Sequence[images_lib.Image] | np.ndarray, class_names: Sequence[str],
+               templates: Sequence[str] = ('{}',)) -> np.ndarray:
+    """Probabilities, float32 [N, C], of each class for each image: zero-shot, as CLIP does it.
+
+    Args:
+      images: as for `encode_image`.
+      class_names: the C names.
+      templates: texts with one `{}` each, where the name goes; a class is the mean of its texts' embeddings.
+
+    Raises:
+      UserError: without classes, for an empty name, or a template without exactly one `{}`.
+    """
+    for name, value in (('class_names', class_names), ('templates', templates)):
+      if isinstance(value, str) or not len(value):
+        raise UserError(f'{name} is {str(value)[:60]!r}; it must be a list of at least one str')
+    classes_CxD = class_names_lib.class_embeddings(self.encode_text, class_names, templates)
+    logits_NxC = self.logit_scale * self.encode_image(images) @ classes_CxD.T
+    weights_NxC = np.exp(logits_NxC - logits_NxC.max(axis=1, keepdims=True))
+    return weights_NxC / weights_NxC.sum(axis=1, keepdims=True)
+
+  def _embed(self, tower: Tower, parts: list[np.ndarray]) -> np.ndarray:
+    running = [(tower(_padded(part)), len(part)) for part in parts]   # all are started before the first is read
+    rows = [np.asarray(embeddings, np.float32)[:count] for embeddings, count in running]
+    return np.concatenate(rows) if rows else np.zeros((0, self.embed_dim), np.float32)
+
+
+def load(path: str | os.PathLike[str]) -> Model:
+  """The newest checkpoint of a training run, or an exported folder.
+
+  Raises:
+    UserError: for a path that is none of these, or one that is damaged.
+  """
+  path = pathlib.Path(path)
+  if (path / exported.MODEL_FILE).is_file():
+    return Model(**exported.load(path))
+  return from_checkpoint(checkpoint.load(path))
+
+
+def from_checkpoint(loaded: checkpoint.Loaded) -> Model:
+  """The model of a checkpoint, without the parameters that only training needs."""
+  config = loaded.config.model
+  image_tower, text_tower = towers(loaded)
+  scale = float(lightclip.clipped_scale(loaded.variables['params']['logit_scale']))
+  return Model(image_tower, text_tower, loaded.tokenizer, loaded.preprocessing, config.text.context, config.embed_dim, scale)
+
+
+def towers(loaded: checkpoint.Loaded) -> tuple[Tower, Tower]:
+  """The image and the text tower as compiled functions of a batch."""
+  clip = lightclip.LightCLIP(loaded.config.model)
+  variables = {**loaded.variables, 'params': lightclip.inference_parameters(loaded.variables['params'])}
+
+  def tower(method: str) -> Tower:
+    run = jax.jit(functools.partial(clip.apply, method=method))
+    return lambda batch: run(variables, batch)
+
+  return tower('encode_image'), tower('encode_text')
+
+
+def _parts(batch: Sequence[Any] | np.ndarray) -> list[Any]:
+  """Runs of at most the largest bucket."""
+  return [batch[i:i + BUCKETS[-1]] for i in range(0, len(batch), BUCKETS[-1])]
+
+
+def _padded(rows: np.ndarray) -> np.ndarray:
+  """With zeros to the next bucket."""
+  bucket = next(size for size in BUCKETS if size >= len(rows))
+  return np.pad(rows, [(0, bucket - len(rows))] + [(0, 0)] * (rows.ndim - 1))

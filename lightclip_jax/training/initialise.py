@@ -1,0 +1,54 @@
+"""What a fresh run starts from, where that is not chance: towers of others, or parts of an earlier run."""
+import dataclasses
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lightclip_jax import config as config_lib
+from lightclip_jax.inference import checkpoint
+from lightclip_jax.models import pretrained
+from lightclip_jax.training.state import TrainState
+
+
+def initialise(config: config_lib.Config, state: TrainState) -> tuple[TrainState, list[str]]:
+  """The state with what `config.init` names put in, in the order checkpoint, image, text; and a report, line by line.
+
+  Raises:
+    UserError: for a file that cannot be read or does not fit the towers.
+  """
+  old = {'params': state.params, 'batch_stats': state.batch_stats}
+  variables, lines = _apply(config, old)
+  if not lines:
+    return state, lines
+  placed = jax.tree.map(lambda new, leaf: new if new is leaf else jax.device_put(np.asarray(new), leaf.sharding),
+                        variables, old)
+  ema = None if state.ema is None else jax.tree.map(jnp.copy, placed['params'])
+  return dataclasses.replace(state, **placed, ema=ema), lines
+
+
+def check(config: config_lib.Config, abstract: TrainState) -> None:
+  """Raises what `initialise` would, before a run has written or compiled anything.
+
+  Args:
+    config: the run's.
+    abstract: the shapes of its state.
+  """
+  shapes = {'params': abstract.params, 'batch_stats': abstract.batch_stats}
+  _apply(config, jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), shapes))
+
+
+def _apply(config: config_lib.Config, variables: pretrained.Variables) -> tuple[pretrained.Variables, list[str]]:
+  init, lines = config.init, []
+  if init.checkpoint:
+    source = checkpoint.load(pathlib.Path(init.checkpoint)).variables
+    variables, report = pretrained.restore_partially(source, variables, init.checkpoint_pattern)
+    lines += [f'from {init.checkpoint!r}: {line}' for line in report.lines()]
+  if init.image:
+    variables, report = pretrained.image_tower(init.image, variables, config.model.image.name)
+    lines += [f'image tower from {init.image!r}: {line}' for line in report.lines()]
+  if init.text:
+    variables, report = pretrained.text_tower(init.text, variables, init.vocabulary)
+    lines += [f'text tower from {init.text!r}: {line}' for line in report.lines()]
+  return variables, lines

@@ -1,0 +1,205 @@
+"""Exported folders are the model, hold nothing else, and say in one line what is wrong with them."""
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import small_checkpoint
+
+import lightclip_jax
+from lightclip_jax import config as config_lib
+from lightclip_jax.data.datasets import shapes
+from lightclip_jax.errors import UserError
+from lightclip_jax.export import __main__ as command
+from lightclip_jax.export import export, open_clip, towers, verify
+from lightclip_jax.inference import checkpoint, exported
+from lightclip_jax.models import convert, lightclip
+
+CONFIG = small_checkpoint.config('vit_ti')
+TEXTS = ['a red circle', 'the house by the sea', 'two']
+
+
+@pytest.fixture(scope='module')
+def workdir(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('export')
+  return small_checkpoint.write(folder, CONFIG, small_checkpoint.random_variables(CONFIG.model))
+
+
+@pytest.fixture(scope='module')
+def model(workdir):
+  return lightclip_jax.load(workdir)
+
+
+def same_embeddings(a, b):
+  images = np.random.default_rng(0).integers(0, 256, (9, 40, 30, 3), np.uint8)
+  for left, right in ((a.encode_image(images), b.encode_image(images)), (a.encode_text(TEXTS), b.encode_text(TEXTS))):
+    np.testing.assert_allclose(left, right, atol=1e-4)
+  np.testing.assert_allclose(a.classify(images, TEXTS), b.classify(images, TEXTS), atol=1e-3)
+
+
+def run(workdir, out, *flags):
+  command.main(command.parse([f'--checkpoint={workdir}', f'--out={out}', *flags]))
+
+
+def test_stablehlo_is_the_model(workdir, model, tmp_path, capsys):
+  run(workdir, tmp_path / 'out', '--format=stablehlo')
+  about = json.loads((tmp_path / 'out/model.json').read_text())
+  assert min(about['cosines'].values()) > verify.MIN_COSINE and about['platforms'] == ['cpu', 'cuda', 'tpu']
+  assert 'lowest cosines' in capsys.readouterr().out
+  same_embeddings(lightclip_jax.load(tmp_path / 'out'), model)
+  function = jax.export.deserialize(bytearray((tmp_path / 'out/text.stablehlo').read_bytes()))
+  assert function.platforms == ('cpu', 'cuda', 'tpu') and str(function.in_avals[0].shape[0]) == 'batch'
+
+
+def test_onnx_is_the_model_and_int8_nearly(workdir, model, tmp_path, capsys):
+  pytest.importorskip('onnx', reason="pip install 'lightclip-jax[export]'")
+  pytest.importorskip('onnxruntime')
+  shapes.prepare(tmp_path / 'shapes', size=32)
+  run(workdir, tmp_path / 'out', '--format=onnx', '--int8', f'--data={tmp_path / "shapes"}')
+  said = capsys.readouterr().out
+  assert said.count('zero-shot top-1') == 3 and 'image/real' in said
+  about = json.loads((tmp_path / 'out/model.json').read_text())
+  assert set(about['cosines']) == {'image/noise', 'text/noise', 'image/real', 'text/real'} and about['opset'] == 18
+  same_embeddings(lightclip_jax.load(tmp_path / 'out'), model)
+  small, large = ((tmp_path / f / 'image.onnx').stat().st_size for f in ('out/int8', 'out'))
+  assert small < 0.5 * large
+  assert min(json.loads((tmp_path / 'out/int8/model.json').read_text())['cosines'].values()) > 0.9
+
+
+@pytest.mark.parametrize('name', ['mobilenet_v2', 'resnet18', 'swin_nano', 'vit_ti'])
+def test_restore_is_the_inverse_of_convert(name):
+  model = small_checkpoint.config(name).model
+  variables = jax.eval_shape(lambda: lightclip.init_variables(model, jax.random.key(0)))
+  numbers = iter(range(10**6))
+  variables = jax.tree.map(lambda leaf: np.full(leaf.shape, next(numbers), np.float32), variables)
+  for tower, rules in (('image', convert.IMAGE_RULES[name]), ('text', convert.OPEN_CLIP_TEXT)):
+    tree = {'params': variables['params'][tower], 'batch_stats': variables['batch_stats'].get(tower, {})}
+    there = convert.restore(tree, rules)
+    assert len(there) == len(jax.tree.leaves(tree))
+    jax.tree.map(np.testing.assert_array_equal, convert.convert(there, rules), tree)
+  with pytest.raises(UserError, match='no rule for the variable'):
+    convert.restore({'params': {'nonsense': np.zeros(3)}}, convert.RESNET18)
+
+
+@pytest.mark.parametrize('heads', [1, 4])   # two channels a head, and one
+def test_wider_text_tower_without_a_mask_ignores_padding(heads):
+  """A numpy Transformer without any mask, as open_clip runs this config, against our tower with its mask."""
+  small = config_lib.replace(CONFIG, model=dict(text=dict(heads=heads)))
+  variables = small_checkpoint.random_variables(small.model)
+  loaded = checkpoint.Loaded(1, small, variables, _tokenizer(), {})
+  exporting = towers.from_checkpoint(loaded)
+  weights, config = open_clip.text_weights(exporting)
+  assert config['width'] % heads == 0 and config['no_causal_mask']
+  tokens = verify.noise(exporting)['text']
+  got = _open_clip_text({k.removeprefix('text.'): v.astype(np.float64) for k, v in weights.items()}, config, tokens)
+  np.testing.assert_allclose(got, np.asarray(jax.jit(exporting.text)(tokens)), atol=1e-5)
+
+
+def _tokenizer():
+  from lightclip_jax.data import tokenizers
+  return tokenizers.train(small_checkpoint.CAPTIONS * 20, 60)
+
+
+def _open_clip_text(w, config, tokens):
+  from scipy.special import erf, softmax
+
+  def norm(x, name):
+    centred = x - x.mean(-1, keepdims=True)
+    scale = np.sqrt((centred ** 2).mean(-1, keepdims=True) + config['norm_kwargs']['eps'])
+    return centred / scale * w[f'{name}.weight'] + w[f'{name}.bias']
+
+  heads = config['heads']
+  x = w['token_embedding.weight'][tokens] + w['positional_embedding']
+  for i in range(config['layers']):
+    block = f'transformer.resblocks.{i}.'
+    y = norm(x, f'{block}ln_1') @ w[f'{block}attn.in_proj_weight'].T + w[f'{block}attn.in_proj_bias']
+    q, k, v = y.reshape(*x.shape[:2], 3, heads, -1).transpose(2, 0, 3, 1, 4)
+    y = softmax(q @ k.swapaxes(-1, -2) * q.shape[-1] ** -0.5, axis=-1) @ v
+    y = y.transpose(0, 2, 1, 3).reshape(x.shape)
+    x = x + y @ w[f'{block}attn.out_proj.weight'].T + w[f'{block}attn.out_proj.bias']
+    y = norm(x, f'{block}ln_2') @ w[f'{block}mlp.c_fc.weight'].T + w[f'{block}mlp.c_fc.bias']
+    y = y * (1 + erf(y / 2 ** 0.5)) / 2
+    x = x + y @ w[f'{block}mlp.c_proj.weight'].T + w[f'{block}mlp.c_proj.bias']
+  end = (tokens == config['eos_id']).argmax(axis=1)
+  out = norm(x, 'ln_final')[np.arange(len(tokens)), end] @ w['text_projection']
+  return out / np.linalg.norm(out, axis=-1, keepdims=True)
+
+
+def test_open_clip_folder(workdir, tmp_path, monkeypatch, capsys):
+  pytest.importorskip('safetensors')
+  pytest.importorskip('tokenizers')
+  from safetensors.numpy import load_file
+  monkeypatch.delenv(open_clip.TORCH_PYTHON, raising=False)
+  run(workdir, tmp_path / 'out', '--format=open_clip')
+  assert 'not verified' in capsys.readouterr().out
+  names = set(load_file(tmp_path / 'out/open_clip_model.safetensors'))
+  assert {n.split('.')[0] for n in names} == {'visual', 'text', 'logit_scale'}
+  config = json.loads((tmp_path / 'out/open_clip_config.json').read_text())
+  assert config['model_cfg']['vision_cfg']['timm_pool'] == 'token' and config['preprocess_cfg']['size'] == 32
+  assert json.loads((tmp_path / 'out/model.json').read_text())['hugging_face_tokenizer']
+  with pytest.raises(UserError, match='is an export for open_clip; load the checkpoint'):
+    lightclip_jax.load(tmp_path / 'out')
+  about = json.loads((tmp_path / 'out/trunk/config.json').read_text())
+  assert about['architecture'] == 'vit_tiny_patch16_224' and about['model_args']['img_size'] == 32
+
+
+def test_hugging_face_tokenizer_gives_the_same_ids(tmp_path):
+  pytest.importorskip('tokenizers')
+  from lightclip_jax.export import hugging_face
+  tokenizer = _tokenizer()
+  converted = hugging_face.convert(tokenizer)
+  for text in (*small_checkpoint.CAPTIONS, 'A  RED house', ' sea ', 'zebra-crossing', '', 'ｔｗｏ'):
+    assert converted.encode(text).ids == [i for i in tokenizer.encode([text], 40)[0] if i != tokenizer.pad_id], text
+  assert hugging_face.write(tokenizer, 12, tmp_path) and (tmp_path / 'tokenizer.json').is_file()
+
+
+def test_a_tower_that_is_not_the_model_fails():
+  verify.check({'image/noise': 0.99995})
+  for wrong in (0.9998, -1.0):
+    with pytest.raises(UserError, match='the export is not the model: cosine'):
+      verify.check({'image/noise': 1.0, 'text/noise': wrong})
+  ones, nans = np.ones((2, 4)), np.full((2, 4), np.nan)
+  sides = [{'image': lambda _, rows=rows: rows} for rows in (ones, nans)]
+  assert verify.cosines(sides[0], sides[1], {'noise': {'image': ones}}) == {'image/noise': -1.0}
+
+
+@pytest.mark.parametrize('changes, words', [
+  (dict(image=dict(name='resnet18', stem_stride=1)), 'no resnet18 with model.image.stem_stride=1'),
+  (dict(image=dict(name='mobilenet_v2', width=0.6)), 'no MobileNetV2 of width 0.6'),
+])
+def test_towers_that_timm_lacks(changes, words):
+  with pytest.raises(UserError, match=words):
+    open_clip.timm_model(config_lib.replace(config_lib.Model(), **changes).image)
+
+
+def test_mistakes_are_one_line(workdir, tmp_path, monkeypatch):
+  (tmp_path / 'full').mkdir()
+  (tmp_path / 'full/thesis.txt').write_text('x')
+  loaded = checkpoint.load(workdir)
+  for kind, out, int8, words in (('onnx', 'full', False, 'holds something else'),
+                                 ('stablehlo', 'new', True, 'is for --format=onnx')):
+    with pytest.raises(UserError, match=words):
+      list(export.export(loaded, kind, tmp_path / out, int8=int8))
+  monkeypatch.setitem(sys.modules, 'onnx', None)
+  with pytest.raises(UserError, match=r'needs the package onnx: pip install'):
+    exported.optional('onnx')
+  (tmp_path / 'model.json').write_text('{"format": "onnx"}')
+  with pytest.raises(UserError, match='does not describe an exported model'):
+    lightclip_jax.load(tmp_path)
+  about = dict(format='stablehlo', image='i', text='t', tokenizer='tokenizer.model', preprocessing={}, context=1, embed_dim=1,
+               logit_scale=1.0)
+  (tmp_path / 'model.json').write_text(json.dumps(about))
+  with pytest.raises(UserError, match="lacks its image file 'i'"):
+    lightclip_jax.load(tmp_path)
+  for name in ('i', 't', 'tokenizer.model'):
+    (tmp_path / name).write_bytes(b'junk')
+  with pytest.raises(UserError, match='is not a SentencePiece model|no serialised JAX function'):
+    lightclip_jax.load(tmp_path)
+
+
+def test_the_command_says_what_is_wrong_and_exits_with_2():
+  done = subprocess.run([sys.executable, '-m', 'lightclip_jax.export', '--checkpoint=/nowhere', '--format=onnx', '--out=x'],
+                        capture_output=True, text=True)
+  assert done.returncode == 2 and done.stderr == "error: '/nowhere' holds no checkpoint; give the workdir of a training run\n"

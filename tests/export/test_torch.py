@@ -1,0 +1,57 @@
+"""With PyTorch beside (launch/parity_env.sh): real open_clip loads our folders, and real .pth files load here."""
+import functools
+import json
+import os
+import pathlib
+import subprocess
+
+import jax
+import numpy as np
+import pytest
+import small_checkpoint
+
+from lightclip_jax import config as config_lib
+from lightclip_jax.data import tokenizers
+from lightclip_jax.errors import UserError
+from lightclip_jax.export import export
+from lightclip_jax.inference import checkpoint
+from lightclip_jax.models import image_towers, lightclip, norm, pretrained
+
+TORCH_PYTHON = os.environ.get('LIGHTCLIP_TORCH_PYTHON')
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(
+    not TORCH_PYTHON, reason='LIGHTCLIP_TORCH_PYTHON names no interpreter with PyTorch (launch/parity_env.sh)')]
+
+
+@pytest.mark.parametrize('name, causal', [('mobilenet_v2', False), ('resnet18', True), ('swin_nano', False), ('vit_ti', True)])
+def test_open_clip_computes_what_the_model_computes(name, causal, tmp_path):
+  small = small_checkpoint.config(name, text=dict(causal=causal))
+  if name == 'mobilenet_v2':
+    small = config_lib.replace(small, model=dict(image=dict(width=0.5)))
+  tokenizer = tokenizers.train(small_checkpoint.CAPTIONS * 20, 60)
+  loaded = checkpoint.Loaded(1, small, small_checkpoint.random_variables(small.model), tokenizer,
+                             lightclip.preprocessing(small.model))
+  print(*export.export(loaded, 'open_clip', tmp_path))
+  cosines = json.loads((tmp_path / 'model.json').read_text())['cosines']
+  assert set(cosines) == {'image/noise', 'text/noise'} and min(cosines.values()) > 0.99999
+
+
+def test_pth_files_of_torchvision(tmp_path):
+  script = pathlib.Path(__file__).with_name('torch_files.py')
+  environment = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
+  subprocess.run([TORCH_PYTHON, script, tmp_path], check=True, env=environment)
+  io = np.load(tmp_path / 'io.npz')
+  image = config_lib.ImageTower(name='mobilenet_v2', size=64)
+  tower = image_towers.build(image, functools.partial(norm.BatchNorm))
+  shapes = jax.eval_shape(functools.partial(tower.init, train=False), jax.random.key(0), io['images'])
+  fresh = {kind: {'image': jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes[kind])} for kind in shapes}
+  fresh['params']['image_projection'] = {'kernel': np.zeros((1280, 8), np.float32)}
+  run = jax.jit(functools.partial(tower.apply, train=False))
+  for name in ('zip', 'legacy'):
+    new, report = pretrained.image_tower(tmp_path / f'{name}.pth', fresh, 'mobilenet_v2')
+    assert report.missing == ['params/image_projection/kernel'] and not report.unused
+    pooled = np.asarray(run({kind: new[kind]['image'] for kind in new}, io['images']).pooled_BxF)
+    error = float(np.abs(pooled - io['features']).max())
+    print(f'{name}: max difference {error:.2e} of values up to {np.abs(io["features"]).max():.2f}')
+    assert io['features'].std() > 1e-2 and error < 1e-4 * max(1.0, np.abs(io['features']).max())
+  with pytest.raises(UserError, match=r'it names torchvision\.models\.mobilenetv2\.MobileNetV2'):
+    pretrained.image_tower(tmp_path / 'module.pth', fresh, 'mobilenet_v2')
