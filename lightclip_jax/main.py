@@ -32,6 +32,8 @@ def main(argv: list[str] | None = None) -> int:
   from lightclip_jax.data import datasets  # JAX and all else after parsing: a wrong flag must not wait for seconds
 
   os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(datasets.cache() / 'compiled'))
+  from lightclip_jax import distributed
+  distributed.initialize()
   from lightclip_jax.training import loop
   return loop.train(config, flags.workdir)
 
