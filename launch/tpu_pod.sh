@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Trains on a Cloud TPU slice: makes it, copies the code, installs, runs on all hosts, streams the log, starts again
 # after a preemption, and deletes it.
-#   launch/tpu_pod.sh --name=clip --zone=us-central1-a --type=v5litepod-256 --spot -- \
-#     --config=configs/mbv2.py:yfcc15m --workdir=gs://BUCKET/run --config.data.dataset=gs://BUCKET/yfcc15m
+#   launch/tpu_pod.sh --name=clip --zone=us-central1-a --type=v5litepod-256 --spot --nfs=10.0.0.2:/share -- \
+#     --config=configs/mbv2.py:yfcc15m --workdir=/mnt/share/run --config.data.dataset=/mnt/share/yfcc15m
+# --nfs=HOST:/PATH  a disk (Filestore) that every host mounts at /mnt/share
 # --project=ID      another project than gcloud's own
 # --runtime=NAME    of the TPU VM (default: by type)
 # --existing        a TPU VM that is there already; it is not deleted
@@ -13,7 +14,7 @@
 set -euo pipefail
 
 fail() { echo "error: $1" >&2; exit 2; }
-name='' zone='' type='' project='' runtime='' existing=false spot=false keep=false dry=false attempts=100
+name='' zone='' type='' project='' runtime='' nfs='' existing=false spot=false keep=false dry=false attempts=100
 while [ $# -gt 0 ]; do
   case $1 in
     --name=*) name=${1#*=} ;;
@@ -21,6 +22,7 @@ while [ $# -gt 0 ]; do
     --type=*) type=${1#*=} ;;
     --project=*) project=${1#*=} ;;
     --runtime=*) runtime=${1#*=} ;;
+    --nfs=*) nfs=${1#*=} ;;
     --attempts=*) attempts=${1#*=} ;;
     --existing) existing=true ;;
     --spot) spot=true ;;
@@ -71,8 +73,10 @@ install() {
   run tar -czf "$archive" -C "$root" --exclude=.git --exclude=.venv --exclude=runs .
   run gcloud compute tpus tpu-vm scp "$archive" "$name:lightclip_jax.tar.gz" "${where[@]}" --worker=all
   run rm -f "$archive"
-  on_all 'mkdir -p lightclip_jax && tar -xzf lightclip_jax.tar.gz -C lightclip_jax && cd lightclip_jax &&
-    python3 -m venv .venv && .venv/bin/pip install --quiet -r requirements.txt "jax[tpu]"'
+  on_all "mkdir -p lightclip_jax && tar -xzf lightclip_jax.tar.gz -C lightclip_jax && cd lightclip_jax && \
+python3 -m venv .venv && .venv/bin/pip install --quiet -r requirements.txt 'jax[tpu]'"
+  [ -z "$nfs" ] || on_all "mountpoint -q /mnt/share || { sudo apt-get install -yq nfs-common && sudo mkdir -p /mnt/share && \
+sudo mount $(printf %q "$nfs") /mnt/share && sudo chmod a+rwx /mnt/share; }"
 }
 train() { on_all "cd lightclip_jax && exec .venv/bin/python -m lightclip_jax.main $(printf '%q ' "$@")"; }
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 LAUNCH = pathlib.Path(__file__).parents[1] / 'launch'
-FLAGS = ['--config=configs/mbv2.py:yfcc15m', "--workdir=gs://bucket/it's a run", '--config.name=$HOME "x"']
+FLAGS = ['--config=configs/mbv2.py:yfcc15m', "--workdir=/mnt/share/it's a run", '--config.name=$HOME "x"']
 POD = ['--name=clip', '--zone=us-central1-a', '--type=v5litepod-256']
 GKE = ['--name=clip', '--image=example.com/lightclip:1', '--accelerator=tpu-v5-lite-podslice', '--topology=16x16']
 
@@ -67,7 +67,7 @@ def test_every_script_is_valid_and_explains_itself():
 def test_tpu_pod_dry_run_prints_every_command_and_calls_none(launch):
   done, calls = launch('tpu_pod.sh', *POD, '--spot', '--dry-run', '--', *FLAGS)
   assert done.returncode == 0 and not calls, done.stderr
-  lines = [shlex.split(line) for line in done.stdout.replace('\\\n', '').splitlines()]
+  lines = [shlex.split(line) for line in done.stdout.splitlines()]
   verbs = [' '.join(word for word in line[3:6] if not word.startswith('-')) for line in lines if line[0] == 'gcloud']
   assert [verb.split()[:2] for verb in verbs] == [
       ['queued-resources', 'create'], ['tpu-vm', 'scp'], ['tpu-vm', 'ssh'], ['tpu-vm', 'ssh'], ['queued-resources', 'delete']]
@@ -77,12 +77,13 @@ def test_tpu_pod_dry_run_prints_every_command_and_calls_none(launch):
 
 def test_tpu_pod_starts_again_after_a_preemption_and_deletes_at_the_end(launch):
   states = ['GONE', 'WAITING_FOR_RESOURCES', 'ACTIVE', 'SUSPENDED', 'GONE', 'ACTIVE']
-  done, calls = launch('tpu_pod.sh', *POD, '--', *FLAGS, states=states, codes=(75, 0))
+  done, calls = launch('tpu_pod.sh', *POD, '--nfs=10.0.0.2:/a b', '--', *FLAGS, states=states, codes=(75, 0))
   assert done.returncode == 0, done.stderr
   made = [call[4] for call in calls if call[3] == 'queued-resources' and call[4] != 'describe']
   assert made == ['create', 'delete', 'create', 'delete']
   training = [call for call in calls if any('lightclip_jax.main' in word for word in call)]
   assert len(training) == 2 and all(trained_with(call) == FLAGS for call in training)
+  assert sum("10.0.0.2:/a\\ b" in word for call in calls for word in call) == 2, 'each new slice mounts the disk'
   assert 'waiting for clip: WAITING_FOR_RESOURCES' in done.stdout
 
 
@@ -126,11 +127,13 @@ def check_job_set(text):
 
 
 def test_gke_applies_a_valid_job_set_and_follows_it(launch, tmp_path):
-  done, calls = launch('gke/run.sh', *GKE, '--spot', '--service-account=clip', '--', *FLAGS)
+  done, calls = launch('gke/run.sh', *GKE, '--spot', '--service-account=clip', '--claim=share', '--', *FLAGS)
   assert done.returncode == 0, done.stderr
   job, pod, container = check_job_set((tmp_path / 'YAML').read_text())
   assert job['parallelism'] == 64 and container['args'] == FLAGS and container['resources']['limits'] == {'google.com/tpu': 4}
   assert pod['nodeSelector']['cloud.google.com/gke-spot'] == 'true' and pod['serviceAccountName'] == 'clip'
+  assert pod['volumes'][0]['persistentVolumeClaim']['claimName'] == 'share'
+  assert container['volumeMounts'][0]['mountPath'] == '/mnt/share'
   assert [call[1] for call in calls] == ['apply', 'wait', 'logs']
 
 

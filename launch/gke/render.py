@@ -18,6 +18,7 @@ def parse(arguments: list[str]) -> dict[str, object]:
     parser.add_argument(f'--{name}', required=True)
   parser.add_argument('--namespace', default='default')
   parser.add_argument('--service-account', default='')
+  parser.add_argument('--claim', default='')
   parser.add_argument('--chips', type=int, default=4)
   parser.add_argument('--restarts', type=int, default=100)
   parser.add_argument('--spot', action='store_true')

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Trains on a TPU slice of a GKE cluster with the JobSet controller; applies jobset.yaml.j2 and follows process 0's log.
 #   launch/gke/run.sh --name=clip --image=REGION-docker.pkg.dev/PROJECT/REPO/lightclip --accelerator=tpu-v5-lite-podslice \
-#     --topology=16x16 -- --config=configs/mbv2.py:yfcc15m --workdir=gs://BUCKET/run
+#     --topology=16x16 --claim=share -- --config=configs/mbv2.py:yfcc15m --workdir=/mnt/share/run
 # --chips=N            chips a host (default 4)         --namespace=NAME     (default: default)
-# --restarts=N         after failures (default 100)     --service-account=NAME   that may read and write the bucket
-# --spot               on spot nodes                    --delete             delete the JobSet of this name instead
-# --dry-run            print the YAML and every command, run none
+# --restarts=N         after failures (default 100)     --claim=NAME         a ReadWriteMany volume claim, at /mnt/share
+# --spot               on spot nodes                    --service-account=NAME
+# --delete             delete the JobSet of this name   --dry-run            print the YAML and every command, run none
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=${PYTHON:-$here/../../.venv/bin/python}
