@@ -1,8 +1,16 @@
-"""How processes find each other, and what they do alone."""
+"""How processes find each other, what they do alone, and how they end when one of them is gone."""
+import os
+import pathlib
+import signal
 import socket
+import subprocess
+import sys
+import time
 
 import jax
+import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lightclip_jax import distributed
 from lightclip_jax.errors import UserError
@@ -58,3 +66,47 @@ def test_one_process_needs_nobody(capsys):
   with distributed.first_alone('x'), pytest.raises(jax.errors.JaxRuntimeError):
     with distributed.ending_with_the_others():
       raise jax.errors.JaxRuntimeError('its own failure')
+
+
+def work():
+  """Adds over all processes for ever, once they agree on what they say."""
+  distributed.initialize()
+  own = jax.process_index() == 1
+  with distributed.first_alone('start'):
+    distributed.say('one voice')
+  assert distributed.agree(10, own, False) == (True, False) and distributed.agree(11, own) == (False,)
+  place = NamedSharding(Mesh(np.asarray(jax.devices()), ('data',)), PartitionSpec('data'))
+  add = jax.jit(lambda x: x.sum(), out_shardings=NamedSharding(place.mesh, PartitionSpec()))
+  with distributed.ending_with_the_others():
+    while True:
+      total = float(add(jax.make_array_from_process_local_data(place, np.ones(1, np.float32))))
+      print(f'working {total}', flush=True)
+      time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('lost', [0, 1])
+def test_a_process_ends_soon_after_another_is_killed(lost):
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    address = f'127.0.0.1:{free.getsockname()[1]}'
+  common = {**os.environ, 'XLA_FLAGS': '', 'JAX_COORDINATOR_ADDRESS': address, 'JAX_NUM_PROCESSES': '2',
+            'PYTHONPATH': str(pathlib.Path(__file__).parents[1])}
+  workers = [subprocess.Popen([sys.executable, __file__], env=common | {'JAX_PROCESS_ID': str(i)}, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE) for i in range(2)]
+  try:
+    said = [[line for line, _ in zip(iter(worker.stdout.readline, ''), range(6), strict=False)] for worker in workers]
+    assert ['one voice\n' in lines for lines in said] == [True, False] and all('working 2.0\n' in lines for lines in said)
+    workers[lost].send_signal(signal.SIGKILL)
+    start = time.monotonic()
+    said = workers[1 - lost].communicate(timeout=120)[1]
+    assert time.monotonic() - start < 60 and workers[1 - lost].returncode != 0
+    assert 'lost another process' in said or 'another task died' in said, said
+  finally:
+    for worker in workers:
+      worker.kill()
+      worker.communicate()
+
+
+if __name__ == '__main__':
+  work()

@@ -76,7 +76,7 @@ class Topology:
       flag = f'--xla_force_host_platform_device_count={self.count}'
       os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {flag}'.strip()
     else:   # else libtpu asks the cloud's metadata server, for minutes where there is none, and loads in one process only
-      for name, value in dict(TPU_SKIP_MDS_QUERY='1', TPU_ACCELERATOR_TYPE='none', TPU_WORKER_HOSTNAMES='localhost',
+      for name, value in dict(TPU_SKIP_MDS_QUERY='1', TPU_ACCELERATOR_TYPE='v5litepod-256', TPU_WORKER_HOSTNAMES='localhost',
                               TPU_WORKER_ID='0', ALLOW_MULTIPLE_LIBTPU_LOAD='1').items():
         os.environ.setdefault(name, value)
 
