@@ -14,6 +14,7 @@ from tiny import TINY, random_batch
 
 from lightclip_jax import config as config_lib
 from lightclip_jax import distributed, sharding
+from lightclip_jax.models import vit
 from lightclip_jax.training import checkpoint as checkpoint_lib
 from lightclip_jax.training.step import Trainer
 
@@ -23,14 +24,21 @@ WIDE = config_lib.replace(TINY, model=dict(text=dict(vocab_size=46)))   # a voca
 STEPS = 12
 
 
-def trainer_on(count, **mesh):
-  return Trainer.create(WIDE, sharding.make_mesh(config_lib.Mesh(**mesh), jax.devices()[:count]))
+def trainer_on(count, config=WIDE, **mesh):
+  return Trainer.create(config, sharding.make_mesh(config_lib.Mesh(**mesh), jax.devices()[:count]))
 
 
 @pytest.mark.slow
-def test_losses_do_not_depend_on_the_mesh():
+def test_losses_do_not_depend_on_the_mesh(monkeypatch):
+  monkeypatch.setattr(vit, 'DEPTH', 2)   # has wide layers to split, and compiles in a fraction of the time
+  monkeypatch.setattr(vit, 'MAPS_AFTER', (1, 2))
+  monkeypatch.setattr(sharding, 'WHOLE_BELOW', 512)
+  small = config_lib.replace(
+      WIDE, model=dict(image=dict(name='vit_ti', patch_size=8, stem_stride=2, width=1.0), fusion=dict(stages=((2, 1),))),
+      objective=dict(token_matching=dict(weight=config_lib.constant(0.0))))
   losses = []
-  for trainer in (trainer_on(1), trainer_on(8), trainer_on(8, fsdp=2), trainer_on(8, fsdp=2, tensor=2)):
+  for count, mesh in ((1, {}), (8, {}), (8, dict(fsdp=2)), (8, dict(fsdp=2, tensor=2))):
+    trainer = trainer_on(count, small, **mesh)
     step, state = trainer.compile_step(), trainer.init_state()
     batches = [random_batch(trainer.mesh, seed)[1] for seed in range(4)]
     losses.append([])
