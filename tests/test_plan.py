@@ -143,7 +143,7 @@ def test_a_missing_compiler_is_one_line(monkeypatch):
 @pytest.mark.slow
 def test_the_plan_of_the_step_that_trains(monkeypatch):
   monkeypatch.syspath_prepend(str(TINY.parent))
-  import tiny   # the very step that the tests of training compile, which is in the cache then
+  import tiny  # the very step that the tests of training compile, which is in the cache then
   plan = measure.make_plan(tiny.TINY, Topology.parse('cpu:8'))
   assert plan['memory']['temporaries'] > 0 and plan['flops'] > 0 and plan['verdict']['fits'] is None
   assert any(kind.startswith('collective-permute') for kind in plan['collectives']), 'the loss travels a ring'
