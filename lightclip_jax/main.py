@@ -6,6 +6,7 @@ import sys
 
 from lightclip_jax import cli
 from lightclip_jax import config as config_lib
+from lightclip_jax.errors import UserError
 
 
 def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, config_lib.Config]:
@@ -23,6 +24,8 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, config_lib
   parser.add_argument('--workdir', required=True, type=pathlib.Path, help='folder of the run; with history, it is continued')
   parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
   flags, rest = parser.parse_known_args(argv)
+  if flags.workdir.parts[:1] in (('gs:',), ('s3:',)):
+    raise UserError(f'workdir is in a bucket ({flags.workdir}); mount it, or a disk that all hosts share (docs/SCALE.md)')
   return flags, config_lib.load(flags.config, cli.config_overrides(rest))
 
 
@@ -32,6 +35,8 @@ def main(argv: list[str] | None = None) -> int:
   from lightclip_jax.data import datasets  # JAX and all else after parsing: a wrong flag must not wait for seconds
 
   os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(datasets.cache() / 'compiled'))
+  from lightclip_jax import distributed
+  distributed.initialize()
   from lightclip_jax.training import loop
   return loop.train(config, flags.workdir)
 

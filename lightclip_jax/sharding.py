@@ -20,11 +20,17 @@ from lightclip_jax.errors import UserError
 BATCH_AXES = ('data', 'fsdp')
 
 
+# What a dimension is, and the mesh axis that splits it.
+LOGICAL_AXES = {'vocabulary': 'tensor', 'hidden': 'tensor'}
+# Elements below which `fsdp` leaves a parameter whole: 16 KiB in float32 are not worth a message.
+WHOLE_BELOW = 1 << 12
+
+
 @dataclasses.dataclass(frozen=True)
 class Rule:
-  """Parameters whose path ("text/block0/mlp/hidden/kernel") matches `pattern` are split over `axes`, one a dimension.
+  """Parameters whose path ("text/block0/mlp/hidden/kernel") matches `pattern` have these logical axes, one a dimension.
 
-  None keeps a dimension whole.
+  None, and what is left out: nothing but `fsdp` may split this dimension.
   """
   pattern: str
   axes: tuple[str | None, ...] = ()
@@ -69,25 +75,65 @@ def path_name(path: tuple[Any, ...]) -> str:
   return '/'.join(str(getattr(key, 'key', getattr(key, 'name', getattr(key, 'idx', key)))) for key in path)
 
 
-def tree_shardings(tree: Any, mesh: jax.sharding.Mesh, rules: Sequence[Rule]) -> Any:
-  """The sharding of every leaf of `tree` by the first rule that matches its path. Scalars are replicated.
+def tree_shardings(params: Any, mesh: jax.sharding.Mesh, rules: Sequence[Rule]) -> Any:
+  """Where every parameter lives: split by the first rule that matches its path, and by `fsdp` along its largest other
+  dimension that `fsdp` divides (ZeRO, arXiv:1910.02054), unless it is small.
 
   Raises:
-    UserError: for a leaf that no rule covers, or whose dimension its axis does not divide.
+    UserError: for a parameter that no rule covers, that has fewer dimensions than its rule, that a rule splits twice
+      over one mesh axis, or whose dimension its mesh axis does not divide.
   """
-  return jax.tree_util.tree_map_with_path(lambda path, leaf: _leaf_sharding(path_name(path), leaf, mesh, rules), tree)
+  return jax.tree_util.tree_map_with_path(lambda path, leaf: _leaf_sharding(path_name(path), leaf, mesh, rules), params)
 
 
 def _leaf_sharding(name: str, leaf: Any, mesh: jax.sharding.Mesh, rules: Sequence[Rule]) -> NamedSharding:
-  if not leaf.shape:
-    return replicated(mesh)
   rule = next((rule for rule in rules if re.search(rule.pattern, name)), None)
   if rule is None:
     raise UserError(f'no sharding rule covers {name!r} of shape {leaf.shape}')
-  for size, axis in zip(leaf.shape, rule.axes, strict=False):
-    if axis is not None and size % mesh.shape[axis]:
-      raise UserError(f'rule {rule.pattern!r}: {size} of {name!r} {leaf.shape} is not a multiple of {axis}={mesh.shape[axis]}')
-  return NamedSharding(mesh, PartitionSpec(*rule.axes))
+  axes = [axis and LOGICAL_AXES[axis] for axis in rule.axes] + [None] * (leaf.ndim - len(rule.axes))
+  used = [axis for axis in axes if axis]
+  if len(axes) > leaf.ndim or len(used) != len(set(used)):
+    raise UserError(f'rule {rule.pattern!r} {rule.axes} does not fit {name!r} of shape {leaf.shape}')
+  for size, axis in zip(leaf.shape, axes, strict=True):
+    if axis and size % mesh.shape[axis]:
+      raise UserError(f'{size} of {name!r} {leaf.shape} is not a multiple of mesh.{axis}={mesh.shape[axis]}')
+  free = [d for d, size in enumerate(leaf.shape) if not axes[d] and size % mesh.shape['fsdp'] == 0]
+  if free and leaf.size >= WHOLE_BELOW and mesh.shape['fsdp'] > 1:
+    axes[max(free, key=lambda d: leaf.shape[d])] = 'fsdp'
+  while axes and axes[-1] is None:
+    axes.pop()
+  return NamedSharding(mesh, PartitionSpec(*axes))
+
+
+def follow(tree: Any, params: Any, places: Any, mesh: jax.sharding.Mesh) -> Any:
+  """Shardings of a tree that holds copies of the parameters (moments, averages) among other things.
+
+  A leaf whose path ends in a parameter's path, and that has its shape, lives where the parameter does; others are
+  replicated.
+  """
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  known = {(path_name(path), leaf.shape): place for (path, leaf), place in zip(leaves, jax.tree.leaves(places), strict=True)}
+
+  def place_of(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+    ends = ((path_name(path[start:]), leaf.shape) for start in range(len(path)))
+    return next((known[end] for end in ends if end in known), replicated(mesh))
+
+  return jax.tree_util.tree_map_with_path(place_of, tree)
+
+
+def gather(params: Any, places: Any) -> Any:
+  """The parameters as a step computes with them: what `fsdp` splits in storage is made whole.
+
+  Said once and for all here, because the compiler would otherwise choose for each product whether weights or
+  activations travel. Their gradients come back summed, and are cut where the moments need only a part.
+  """
+  def whole(x: jax.Array, place: NamedSharding) -> jax.Array:
+    if 'fsdp' not in place.spec:
+      return x
+    spec = PartitionSpec(*(None if axis == 'fsdp' else axis for axis in place.spec))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(place.mesh, spec))
+
+  return jax.tree.map(whole, params, places)
 
 
 def to_micro_batches(tree: Any, count: int, mesh: jax.sharding.Mesh) -> Any:

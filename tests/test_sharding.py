@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import PartitionSpec
 
@@ -29,14 +30,45 @@ def test_mesh_that_does_not_fit(sizes, part):
 
 def test_rules_are_tried_in_order_and_must_cover():
   tree = {'text': {'embedding': jnp.zeros((16, 4)), 'bias': jnp.zeros(3)}, 'scale': jnp.zeros(())}
-  rules = (Rule('embedding$', ('tensor',)), Rule('.*'))
+  rules = (Rule('embedding$', ('vocabulary',)), Rule('.*'))
   placed = sharding.tree_shardings(tree, mesh_of(tensor=2), rules)
   assert placed['text']['embedding'].spec == PartitionSpec('tensor')
   assert placed['text']['bias'].spec == PartitionSpec() == placed['scale'].spec
-  with pytest.raises(UserError, match="text/bias.*\\(3,\\)"):
-    sharding.tree_shardings(tree, mesh_of(), rules[:1])
-  with pytest.raises(UserError, match='3 of .*bias.*tensor=2'):
-    sharding.tree_shardings(tree, mesh_of(tensor=2), (Rule('.*', ('tensor',)),))
+
+
+@pytest.mark.parametrize('rule, part', [
+    (Rule('embedding$', ('vocabulary',)), "no sharding rule covers 'text/bias'.*\\(3,\\)"),
+    (Rule('.*', ('vocabulary',)), "3 of 'text/bias'.*mesh.tensor=2"),
+    (Rule('.*', ('vocabulary', 'hidden')), 'does not fit .text/bias'),
+    (Rule('bias|table', (None, None)), 'does not fit .text/bias'),
+])
+def test_rules_that_do_not_fit_name_the_parameter(rule, part):
+  with pytest.raises(UserError, match=part):
+    sharding.tree_shardings({'text': {'bias': jnp.zeros(3)}}, mesh_of(tensor=2), (rule,))
+
+
+def test_one_mesh_axis_cannot_split_a_parameter_twice():
+  with pytest.raises(UserError, match="does not fit 'kernel'"):
+    sharding.tree_shardings({'kernel': jnp.zeros((4, 4))}, mesh_of(tensor=2), (Rule('.*', ('vocabulary', 'hidden')),))
+
+
+def test_fsdp_splits_the_largest_dimension_that_is_left():
+  shapes = {'table': (4096, 512), 'square': (64, 4098), 'small': (8, 8), 'odd': (4097, 3)}
+  tree = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+  placed = sharding.tree_shardings(tree, mesh_of(fsdp=4, tensor=2), (Rule('table', ('vocabulary',)), Rule('.*')))
+  specs = {name: tuple(place.spec) for name, place in placed.items()}
+  assert specs == {'table': ('tensor', 'fsdp'), 'square': ('fsdp',), 'small': (), 'odd': ()}
+
+
+def test_moments_and_averages_live_where_their_parameters_do():
+  params = {'text': {'kernel': jnp.zeros((64, 128)), 'bias': jnp.zeros(128)}}
+  mesh = mesh_of(fsdp=4)
+  places = sharding.tree_shardings(params, mesh, (Rule('.*'),))
+  state = {'optimizer': [optax.adam(1e-3).init(params), {'text': {'kernel': jnp.zeros(64)}}], 'ema': params}
+  followed = sharding.follow(state, params, places, mesh)
+  for tree in (followed['ema'], followed['optimizer'][0][0].mu, followed['optimizer'][0][0].nu):
+    assert tree['text']['kernel'].spec == PartitionSpec(None, 'fsdp') and tree['text']['bias'].spec == PartitionSpec()
+  assert followed['optimizer'][1]['text']['kernel'].spec == PartitionSpec(), 'a factor of another shape is no copy'
 
 
 @pytest.mark.parametrize('count', [1, 2, 4])

@@ -22,8 +22,17 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_SCALE = 100.0
 TRAINING_ONLY = 'training_only'
 
-# Every parameter (and what follows it: moments, averages, running statistics) is whole on each device.
-SHARDING_RULES = (Rule('.*'),)
+# How the `tensor` axis splits parameters: the word table and what shares its rows, and the wide half of every MLP. The rest
+# is named too, so that a new part has to say what it wants.
+SHARDING_RULES = (
+  Rule('^text/token_embedding/embedding$', ('vocabulary',)),
+  Rule('^training_only/masked_lm/bias$', ('vocabulary',)),
+  Rule('mlp/hidden/kernel$', (None, 'hidden')),
+  Rule('mlp/hidden/bias$', ('hidden',)),
+  Rule('mlp/out/kernel$', ('hidden',)),
+  Rule('^(image|text|training_only|image_projection|text_projection)/'),
+  Rule('^logit_scale$'),
+)
 
 # A linear map without bias whose weights start with standard deviation width ** -0.5, as CLIP's projections do.
 Projection = functools.partial(layers.Dense, use_bias=False,

@@ -33,10 +33,14 @@ class Checkpointer:
     self._last_save = time.monotonic()
 
   def due(self, step: int) -> bool:
-    """Whether one of the two clocks has run out."""
+    """Whether a save falls on this step, by their number."""
+    return bool(self._config.every_steps and step % self._config.every_steps == 0)
+
+  @property
+  def late(self) -> bool:
+    """Whether a save is due by this process's clock."""
     minutes = (time.monotonic() - self._last_save) / 60
-    by_steps = self._config.every_steps and step % self._config.every_steps == 0
-    return bool(by_steps or (self._config.every_minutes and minutes >= self._config.every_minutes))
+    return bool(self._config.every_minutes and minutes >= self._config.every_minutes)
 
   def save(self, step: int, state: TrainState, run: RunState) -> None:
     """Copies the state off the devices and writes it in the background. A step that is saved already is left alone."""

@@ -4,6 +4,8 @@ import json
 import pathlib
 from typing import Any
 
+import jax
+
 from lightclip_jax import config as config_lib
 from lightclip_jax.data import tokenizers
 from lightclip_jax.errors import UserError
@@ -72,7 +74,7 @@ def check_steps(config: config_lib.Config) -> None:
 
 
 def claim_workdir(workdir: pathlib.Path, config: config_lib.Config) -> None:
-  """Writes `config.json` into a new workdir, or checks that an old one holds the same run.
+  """Writes `config.json` into a new workdir (one process does), or checks that an old one holds the same run.
 
   Raises:
     UserError: if the workdir belongs to a run with another config; the first differing options are named.
@@ -90,6 +92,8 @@ def claim_workdir(workdir: pathlib.Path, config: config_lib.Config) -> None:
     if differing:
       shown = ', '.join(f'{name} {before.get(name)!r} there, {now.get(name)!r} here' for name in differing[:3])
       raise UserError(f'{str(workdir)!r} holds a run with another config ({shown}); use another --workdir')
+  if jax.process_index() > 0:
+    return
   workdir.mkdir(parents=True, exist_ok=True)
   temporary = path.with_suffix('.tmp')
   temporary.write_text(json.dumps(values, indent=2) + '\n')

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 
 from lightclip_jax import config as config_lib
-from lightclip_jax import sharding
+from lightclip_jax import distributed, sharding
 from lightclip_jax.data.tokenizers import Tokenizer
 from lightclip_jax.evaluation import evaluate, gallery, matching, metrics, report
 from lightclip_jax.evaluation.embed import Embedder
@@ -32,7 +32,7 @@ class Evaluator:
     """The same, with the table on the console, `results.json` and the report in the workdir."""
     session = self._session(variables)
     results = self._measure(session)
-    print(metrics.format_table(results), flush=True)
+    distributed.say(metrics.format_table(results))
     split = SHOWN if SHOWN in self._config.evaluation.splits else self._config.evaluation.splits[0]
     token = self._config.objective.token_matching
     pictures = gallery.make_gallery(session, split)   # in every process: the devices of all of them embed

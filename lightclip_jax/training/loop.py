@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import jax
 
 from lightclip_jax import config as config_lib
-from lightclip_jax import sharding
+from lightclip_jax import distributed, sharding
 from lightclip_jax.data import datasets, pipeline
 from lightclip_jax.models import lightclip
 from lightclip_jax.training import checkpoint as checkpoint_lib
@@ -35,11 +35,12 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> int:
     UserError: if config, data, devices and workdir do not fit together; nothing has been written then.
   """
   with preemption.Preemption() as stop, contextlib.closing(Run(config, workdir, stop)) as run:
-    run.start()
-    if run.train():
-      run.finish()
-      return 0
-    print(f'stopped and saved at step {run.step}; the same command continues there', flush=True)
+    with distributed.ending_with_the_others():
+      run.start()
+      if run.train():
+        run.finish()
+        return 0
+    distributed.say(f'stopped and saved at step {run.step}; the same command continues there')
     return preemption.EXIT_PREEMPTED
 
 
@@ -53,7 +54,8 @@ class Run:
     checks.check_batch(config, sharding.batch_shards(self._mesh))
     self._trainer = Trainer.create(config, self._mesh)
     self._abstract = self._trainer.abstract_state()
-    folder = datasets.resolve(config.data.dataset)
+    with distributed.first_alone('data'):
+      folder = datasets.resolve(config.data.dataset)
     self._tokenizer = pipeline.load_tokenizer(folder)
     checks.check_tokenizer(config, self._tokenizer)
     if not workdir.exists():   # a run that continues needs these files no more
@@ -81,7 +83,7 @@ class Run:
       if self.step < self.config.train.steps:
         self._compile()
     self._clock = metrics.Clock(self.config.train.batch_size, self.config.train.steps)
-    self._writer = metrics.MetricWriter(self.workdir, self.step)
+    self._writer = metrics.MetricWriter(self.workdir, self.step) if jax.process_index() == 0 else metrics.NoWriter()
     self._describe()
 
   def train(self) -> bool:
@@ -90,14 +92,16 @@ class Run:
     if self.step >= total:
       return True
     first = self.step
-    while self.step < total and not self._stop.requested:
+    stop, = distributed.agree(self.step, self._stop.requested)
+    while self.step < total and not stop:
       start = time.perf_counter()
       self._one_step()
       if self.step == first + 2:   # the first step may still pay for start-up
         self._warn_if_slow((time.perf_counter() - start) * (total - self.step))
       if self.step % self.config.evaluation.every_steps == 0 and self.step < total:
         self._evaluate()
-      if self._checkpointer.due(self.step):
+      stop, late = distributed.agree(self.step, self._stop.requested, self._checkpointer.late)
+      if late or self._checkpointer.due(self.step):
         self._save()
     self._save()
     self._checkpointer.wait()
@@ -120,18 +124,18 @@ class Run:
     training_only = count(self.state.params) - inference
     devices = jax.devices()
     verb = f'continues at step {self.step}' if self.step else 'starts'
-    print(f'{self.config.name} {verb} in {str(self.workdir)!r}: {inference / 1e6:.2f} M parameters at inference, '
-          f'{training_only / 1e6:.2f} M more in training; {len(devices)} × {devices[0].device_kind}', flush=True)
+    distributed.say(f'{self.config.name} {verb} in {str(self.workdir)!r}: {inference / 1e6:.2f} M parameters at inference, '
+                    f'{training_only / 1e6:.2f} M more in training; {len(devices)} × {devices[0].device_kind}')
 
   def _warn_if_slow(self, seconds: float) -> None:
     if jax.default_backend() == 'cpu' and seconds > SLOW_SECONDS:
-      print(f'without an accelerator this will take about {metrics.duration(seconds)}; the variant :quickstart of the same '
-            'config takes minutes', flush=True)
+      distributed.say(f'without an accelerator this will take about {metrics.duration(seconds)}; the variant :quickstart '
+                      'of the same config takes minutes')
 
   def _compile(self) -> None:
     start = time.perf_counter()
     self._compiled_step = self._trainer.compile_step()
-    print(f'compiled the step in {metrics.duration(time.perf_counter() - start)}', flush=True)
+    distributed.say(f'compiled the step in {metrics.duration(time.perf_counter() - start)}')
 
   def _compile_and_initialise(self) -> None:
     with concurrent.futures.ThreadPoolExecutor(1) as pool:   # both are compilations, of which each keeps one core busy
@@ -160,7 +164,7 @@ class Run:
     if self.step % self.config.train.log_every == 0 or self.step == self.config.train.steps:
       values = {f'train/{name}': value for name, value in (self._meter.take() | self._clock.take(self.step)).items()}
       self._writer.write(self.step, values)
-      print(metrics.console_line(self.step, self.config.train.steps, values), flush=True)
+      distributed.say(metrics.console_line(self.step, self.config.train.steps, values))
 
   def _evaluate(self) -> None:
     self._settle()

@@ -89,6 +89,16 @@ class MetricWriter:
     self._board.close()
 
 
+class NoWriter:
+  """Where another process writes."""
+
+  def write(self, step: int, values: Mapping[str, float]) -> None:
+    """Nothing."""
+
+  def close(self) -> None:
+    """Nothing."""
+
+
 def _step_of(line: str) -> float:
   try:
     return json.loads(line)['step']

@@ -38,19 +38,12 @@ def create_state(config: config_lib.Config, optimizer: optax.GradientTransformat
 
 def abstract_state(config: config_lib.Config, optimizer: optax.GradientTransformation,
                    mesh: jax.sharding.Mesh) -> TrainState:
-  """Shapes, dtypes and shardings of the state. Optimizer state and moving average follow their parameters, since rules
-  match the end of a path.
+  """Shapes, dtypes and shardings of the state. Moments and moving average live where their parameters do.
 
   Raises:
     UserError: if the model cannot be built from the config, or a rule does not fit the mesh.
   """
   shapes = jax.eval_shape(lambda rng: create_state(config, optimizer, rng), jax.random.key(0))
-  places = sharding.tree_shardings(shapes, mesh, lightclip.SHARDING_RULES)
+  params = sharding.tree_shardings(shapes.params, mesh, lightclip.SHARDING_RULES)
+  places = sharding.follow(shapes, shapes.params, params, mesh)
   return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places)
-
-
-def init_state(config: config_lib.Config, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> TrainState:
-  """Creates the state directly in its shards: no device ever holds what is not its own."""
-  places = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, optimizer, mesh))
-  create = jax.jit(lambda rng: create_state(config, optimizer, rng), out_shardings=places)
-  return create(jax.random.key(config.train.seed))

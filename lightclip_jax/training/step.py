@@ -3,6 +3,7 @@
 Letters: B global batch, K micro-batches, S image side, W text positions, M masked positions.
 """
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -72,24 +73,37 @@ class Trainer:
     return cls(config, mesh, lightclip.LightCLIP(config.model, sharding.batch_shards(mesh)), objective, optimizer)
 
   def init_state(self) -> state_lib.TrainState:
-    """A fresh, sharded state."""
-    return state_lib.init_state(self.config, self.optimizer, self.mesh)
+    """A fresh state, created directly in its shards: no device ever holds what is not its own."""
+    create = jax.jit(lambda rng: state_lib.create_state(self.config, self.optimizer, rng), out_shardings=self.places)
+    return create(jax.random.key(self.config.train.seed))
 
   def abstract_state(self) -> state_lib.TrainState:
     """Its shapes and shardings."""
-    return state_lib.abstract_state(self.config, self.optimizer, self.mesh)
+    return self._abstract_state
+
+  @functools.cached_property
+  def _abstract_state(self) -> state_lib.TrainState:
+    return state_lib.abstract_state(self.config, self.optimizer, self.mesh)   # traces the model: seconds
+
+  @functools.cached_property
+  def places(self) -> state_lib.TrainState:
+    """Where each part of the state lives."""
+    return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
+
+  def lower_step(self) -> Any:
+    """The step for the mesh's platform, not yet compiled. The state's buffers are donated."""
+    step = jax.jit(self.step, donate_argnums=0, out_shardings=(self.places, sharding.replicated(self.mesh)))
+    return step.lower(self.abstract_state(), abstract_batch(self.config, self.mesh))
 
   def compile_step(self) -> Any:
     """The step, compiled ahead of time. The state's buffers are donated: the argument must not be used again."""
-    state = self.abstract_state()
-    places = jax.tree.map(lambda leaf: leaf.sharding, state)
-    step = jax.jit(self.step, donate_argnums=0, out_shardings=(places, sharding.replicated(self.mesh)))
-    return step.lower(state, abstract_batch(self.config, self.mesh)).compile()
+    return self.lower_step().compile()
 
   def step(self, state: state_lib.TrainState, batch: Batch) -> tuple[state_lib.TrainState, dict[str, jax.Array]]:
     """One update on one global batch. Metrics are float32 scalars."""
     gradient_of = jax.value_and_grad(self.loss, has_aux=True)
     (_, (metrics, statistics)), gradients = gradient_of(state.params, state, batch)
+    gradients = jax.lax.with_sharding_constraint(gradients, self.places.params)
     updates, optimizer_state = self.optimizer.update(gradients, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
     batch_stats = state.batch_stats
@@ -102,6 +116,7 @@ class Trainer:
 
   def loss(self, params: Any, state: state_lib.TrainState, batch: Batch) -> tuple[jax.Array, tuple[Any, Any]]:
     """The named sum over the full batch, its metrics, and the normalisation statistics of each group."""
+    params = sharding.gather(params, self.places.params)
     outputs, statistics = self.encode(params, state, batch)
     progress = state.step / self.config.train.steps
     heads = params['training_only']

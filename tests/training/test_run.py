@@ -112,6 +112,11 @@ def test_bad_input_is_one_line(tmp_path, environment, arguments, parts):
   assert not (tmp_path / 'run').exists(), 'nothing may be written before all is checked'
 
 
+def test_a_bucket_is_not_a_folder_named_gs(environment):
+  done = finish('gs://bucket/run', environment)
+  assert done.returncode == 2 and 'docs/SCALE.md' in done.stderr and done.stderr.count('\n') == 1
+
+
 @pytest.mark.parametrize('config, part', [('configs/mbv2.py:nope', 'quickstart'), ('configs/mbv.py', 'mbv2.py')])
 def test_bad_configs_are_one_line(tmp_path, environment, config, part):
   done = subprocess.run([sys.executable, '-m', 'lightclip_jax.main', f'--config={config}', f'--workdir={tmp_path}'],

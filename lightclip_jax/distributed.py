@@ -1,0 +1,128 @@
+"""Several processes as one run: how they find each other, agree, and end when one of them is gone.
+
+A process is one host of a TPU slice, one task of SLURM, or one of several on a single machine.
+"""
+import contextlib
+import glob
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from lightclip_jax.errors import UserError
+
+EXIT_LOST = 76          # EX_PROTOCOL: another process is gone; nothing was saved, start all of them again
+AGREE_EVERY = 10        # steps between questions to all processes: each waits for the slowest
+HEARTBEAT_SECONDS = 20  # after which a silent process counts as dead
+_PLAIN = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
+_PORT = 12_321
+
+
+def find(environment: Mapping[str, str]) -> dict[str, Any] | None:
+  """Arguments for `jax.distributed.initialize` from environment variables; None for one process alone.
+
+  In this order: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; SLURM's (one task a node); a TPU slice's,
+  whose hosts JAX itself finds (no arguments).
+
+  Raises:
+    UserError: if some of the three are set and others not, or one is not a number that fits.
+  """
+  if any(name in environment for name in _PLAIN):
+    return _plain(environment)
+  if int(environment.get('SLURM_NTASKS', 1)) > 1 and 'SLURM_PROCID' in environment:
+    first = _first_node(environment['SLURM_STEP_NODELIST'])
+    return dict(coordinator_address=f'{first}:{_PORT + int(environment["SLURM_JOB_ID"]) % 4096}',
+                num_processes=int(environment['SLURM_NTASKS']), process_id=int(environment['SLURM_PROCID']))
+  return {} if ',' in environment.get('TPU_WORKER_HOSTNAMES', '') or glob.glob('/dev/accel*') else None
+
+
+def _plain(environment: Mapping[str, str]) -> dict[str, Any]:
+  missing = [name for name in _PLAIN if not environment.get(name)]
+  if missing:
+    raise UserError(f'{", ".join(missing)} is not set; several processes need all of {", ".join(_PLAIN)}')
+  address, count, index = (environment[name] for name in _PLAIN)
+  if not (count.isdecimal() and index.isdecimal() and int(index) < int(count)):
+    raise UserError(f'JAX_PROCESS_ID is {index!r} and JAX_NUM_PROCESSES {count!r}; '
+                    'the first must be a number from 0 to one below the second')
+  if not address.rpartition(':')[2].isdecimal():
+    raise UserError(f'JAX_COORDINATOR_ADDRESS is {address!r}; it must be HOST:PORT of process 0')
+  return dict(coordinator_address=address, num_processes=int(count), process_id=int(index))
+
+
+def _first_node(nodes: str) -> str:
+  """The first host of SLURM's "gpu[03-05,9],login": "gpu03"."""
+  prefix, bracket, rest = nodes.partition('[')
+  if not bracket or ',' in prefix:
+    return nodes.split(',')[0]
+  return prefix + rest.split(']')[0].split(',')[0].split('-')[0]
+
+
+def initialize(timeout: int | None = None) -> None:
+  """Joins the other processes, if the environment names any. Must come before JAX is first used.
+
+  Args:
+    timeout: seconds to wait for the others; None: $LIGHTCLIP_START_TIMEOUT, else 300.
+
+  Raises:
+    UserError: if they do not all come in time.
+  """
+  arguments = find(os.environ)
+  if arguments is None or arguments.get('num_processes') == 1:
+    return
+  seconds = int(os.environ.get('LIGHTCLIP_START_TIMEOUT', 300)) if timeout is None else timeout
+  try:
+    jax.distributed.initialize(**arguments, initialization_timeout=seconds, heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+                               shutdown_timeout_seconds=30)
+  except (RuntimeError, ValueError) as error:
+    who = f'process {arguments.get("process_id", "?")} of {arguments.get("num_processes", "?")}'
+    raise UserError(f'{who} waited {seconds} s for the others at {arguments.get("coordinator_address", "their addresses")}: '
+                    'start the same command on every host, open that port between them, and set '
+                    f'LIGHTCLIP_START_TIMEOUT for slow starts ({str(error).splitlines()[0][:120]})') from error
+
+
+def say(text: str) -> None:
+  """Prints, in one process only."""
+  if jax.process_index() == 0:
+    print(text, flush=True)
+
+
+def agree(step: int, *flags: bool) -> tuple[bool, ...]:
+  """Each flag, if any process raises it. Several processes ask each other at every tenth step and say no at others, so
+  that all of them stop and save at the same step (a signal reaches one host, and clocks differ)."""
+  if jax.process_count() == 1:
+    return flags
+  if step % AGREE_EVERY:
+    return (False,) * len(flags)
+  return tuple(bool(flag) for flag in np.any(multihost_utils.process_allgather(np.asarray(flags)), axis=0))
+
+
+@contextlib.contextmanager
+def first_alone(name: str) -> Iterator[None]:
+  """Process 0 runs the body before the others do: it may make what they find made."""
+  several = jax.process_count() > 1
+  if several and jax.process_index() > 0:
+    multihost_utils.sync_global_devices(name)
+  yield
+  if several and jax.process_index() == 0:
+    multihost_utils.sync_global_devices(name)
+
+
+@contextlib.contextmanager
+def ending_with_the_others() -> Iterator[None]:
+  """Ends this process at once where the body fails because another one is gone.
+
+  What would be closed on the way out waits for the one that is gone, which is why nothing is.
+  """
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    if jax.process_count() == 1:
+      raise
+    print(f'process {jax.process_index()}: lost another process of {jax.process_count()} '
+          f'({str(error).splitlines()[0][:160]}); start all again: the run continues at its last checkpoint',
+          file=sys.stderr, flush=True)
+    os._exit(EXIT_LOST)

@@ -1,0 +1,112 @@
+"""Reads a compiled program's text: which collectives it has, what they carry, how often they run.
+
+A loop's body runs as often as the compiler knows (`known_trip_count`), else once.
+"""
+import collections
+import dataclasses
+import math
+import re
+
+KINDS = ('all-gather', 'all-reduce', 'all-to-all', 'collective-permute', 'reduce-scatter', 'ragged-all-to-all')
+_INSTRUCTION = re.compile(r'^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([\w\-]+)\(')
+_COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+) .*\{$')
+_CALLED = re.compile(r'(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)')
+_BRANCHES = re.compile(r'branch_computations=\{([^}]*)\}')
+_ARRAY = re.compile(r'\b([a-z]+\d*\w*)\[([\d,]*)\]')
+_BITS = {'pred': 8, 's4': 4, 'u4': 4}
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+  """One instruction. `bytes`: what it leaves on one device, each time it runs."""
+  kind: str
+  bytes: int
+  runs: int
+  shape: str
+  origin: str       # the operation in the source that it comes from
+  in_loop: bool
+
+
+def collectives(text: str) -> list[Collective]:
+  """Every collective of an optimised HLO module, those that start and finish apart counted once."""
+  computations, entry = _split(text)
+  runs = _runs(computations, entry)
+  out = []
+  for name, lines in computations.items():
+    for line in lines:
+      found = _INSTRUCTION.match(line)
+      kind = found and found[2].removesuffix('-start')
+      if kind in KINDS and name in runs:
+        shape = _result_of(found[1]) if found[2] in ('all-gather-start', 'collective-permute-start') else found[1]
+        origin = re.search(r'op_name="([^"]*)"', line)
+        short = re.sub(r'\{[^}]*\}|\s', '', shape)
+        out.append(Collective(kind, shape_bytes(shape), runs[name], short, origin[1] if origin else '', runs[name] > 1))
+  return out
+
+
+def shape_bytes(shape: str) -> int:
+  """Bytes of "f32[8,4]" or of a tuple of such; what has no size (tokens) counts nothing."""
+  total = 0
+  for dtype, dims in _ARRAY.findall(shape):
+    width = re.search(r'\d+', dtype)
+    bits = _BITS.get(dtype) or (int(width[0]) if width else 0)
+    total += math.prod(int(d) for d in dims.split(',') if d) * bits // 8
+  return total
+
+
+def summary(found: list[Collective]) -> dict[str, dict[str, int]]:
+  """By kind, loops apart: instructions, runs a step, and bytes a step on one device."""
+  out: dict[str, dict[str, int]] = {}
+  for one in found:
+    row = out.setdefault(one.kind + (' in loops' if one.in_loop else ''), collections.Counter())
+    row.update(instructions=1, runs=one.runs, bytes=one.bytes * one.runs)
+  return {kind: dict(row) for kind, row in sorted(out.items())}
+
+
+def _result_of(shape: str) -> str:
+  """The results in the tuple (operands, results, contexts…) of a collective that starts here and finishes elsewhere."""
+  parts = _parts(shape)
+  return parts[1] if len(parts) > 1 else shape
+
+
+def _parts(shape: str) -> list[str]:
+  """The elements of a tuple shape's outermost level."""
+  if not shape.startswith('('):
+    return [shape]
+  out, depth, start = [], 0, 1
+  for i, character in enumerate(shape):
+    depth += (character in '({[') - (character in ')}]')
+    if depth == 0 or (depth == 1 and character == ','):
+      out.append(shape[start:i].strip())
+      start = i + 1
+  return out
+
+
+def _split(text: str) -> tuple[dict[str, list[str]], str]:
+  computations: dict[str, list[str]] = {}
+  entry, lines = '', []
+  for line in text.splitlines():
+    header = _COMPUTATION.match(line)
+    if header:
+      lines = computations[header[2]] = []
+      entry = header[2] if header[1] else entry
+    else:
+      lines.append(line)
+  return computations, entry
+
+
+def _runs(computations: dict[str, list[str]], entry: str) -> dict[str, int]:
+  """How often each computation that is reached from the entry runs a step."""
+  runs, waiting = collections.Counter({entry: 1}), [entry]
+  while waiting:
+    caller = waiting.pop()
+    for line in computations.get(caller, ()):
+      called = _CALLED.findall(line)
+      for branches in _BRANCHES.findall(line):
+        called += [name.strip().lstrip('%') for name in branches.split(',')]
+      trips = re.search(r'known_trip_count[^\d}]*(\d+)', line) if ' while(' in line else None
+      for name in called:
+        if name in computations and name not in runs:
+          runs[name] = runs[caller] * (int(trips[1]) if trips else 1)
+          waiting.append(name)
+  return dict(runs)

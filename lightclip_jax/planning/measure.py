@@ -1,0 +1,127 @@
+"""The plan of a training step: its memory, arithmetic, traffic and collectives, and what a chip needs for them at least."""
+import dataclasses
+import math
+import time
+from typing import Any
+
+import jax
+
+from lightclip_jax import config as config_lib
+from lightclip_jax import sharding
+from lightclip_jax.errors import UserError
+from lightclip_jax.models import lightclip
+from lightclip_jax.planning import hlo
+from lightclip_jax.planning.chips import Chip, Topology
+from lightclip_jax.training import checks
+from lightclip_jax.training.step import Trainer, abstract_batch
+
+SHOWN = 8          # largest arrays, and collectives, that a plan names
+_RESERVED = 0.03   # of the memory: programs, stacks, what the runtime keeps
+
+
+def make_plan(config: config_lib.Config, topology: Topology) -> dict[str, Any]:
+  """JSON-able: everything that is known about one step on `topology`. Bytes and FLOPs are one device's.
+
+  Raises:
+    UserError: for a batch, mesh or model that does not fit the topology, or a step that the compiler finds too large.
+  """
+  devices = topology.devices()
+  mesh = sharding.make_mesh(config.mesh, devices)
+  checks.check_batch(config, sharding.batch_shards(mesh))
+  trainer = Trainer.create(config, mesh)
+  plan = {'config': config.name, 'topology': topology.name, 'devices': len(devices), 'mesh': dict(mesh.shape),
+          'batch_size': config.train.batch_size, 'accumulate': config.train.accumulate,
+          'chip': dataclasses.asdict(topology.chip) if topology.chip else None,
+          'formula_only': not topology.compiles}
+  plan |= _state(trainer)
+  plan |= _compiled(trainer) if topology.compiles else _by_formula(trainer, len(devices))
+  plan['roofline'] = roofline(plan, topology.chip) if topology.chip else None
+  plan['verdict'] = verdict(plan, topology.chip)
+  return plan
+
+
+def bytes_on_one_device(tree: Any) -> int:
+  """Bytes that the shardings of a tree of shapes leave on one device."""
+  return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _state(trainer: Trainer) -> dict[str, Any]:
+  state = trainer.abstract_state()
+  inference = lightclip.inference_parameters(state.params)
+  parts = {name: sum(leaf.size for leaf in jax.tree.leaves(value)) for name, value in state.params.items()}
+  leaves = sorted(jax.tree_util.tree_leaves_with_path(state), key=lambda item: -item[1].size)[:SHOWN]
+  return {
+      'parameters': parts,
+      'parameters_inference': sum(parts[name] for name in inference),
+      'parameters_training_only': sum(count for name, count in parts.items() if name not in inference),
+      'bytes': {'parameters': bytes_on_one_device(state.params), 'optimizer': bytes_on_one_device(state.optimizer),
+                'ema': bytes_on_one_device(state.ema), 'batch_statistics': bytes_on_one_device(state.batch_stats),
+                'batch': bytes_on_one_device(abstract_batch(trainer.config, trainer.mesh))},
+      'largest': [{'name': sharding.path_name(path), 'shape': list(leaf.shape), 'sharding': str(leaf.sharding.spec),
+                   'bytes': bytes_on_one_device(leaf)} for path, leaf in leaves]}
+
+
+def _compiled(trainer: Trainer) -> dict[str, Any]:
+  lowered = trainer.lower_step()
+  start = time.perf_counter()
+  try:
+    compiled = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    if 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    said = str(error).split('RESOURCE_EXHAUSTED:')[-1].strip().splitlines()[0]
+    raise UserError(f'does not fit: {said} {advice(trainer.config)}') from error
+  seconds, memory, cost = time.perf_counter() - start, compiled.memory_analysis(), compiled.cost_analysis()
+  found = hlo.collectives(compiled.as_text())
+  beside = [one for one in found if not one.in_loop]
+  return {
+      'compile_seconds': round(seconds, 1),
+      'memory': {'arguments': memory.argument_size_in_bytes, 'outputs': memory.output_size_in_bytes,
+                 'aliased': memory.alias_size_in_bytes, 'temporaries': memory.temp_size_in_bytes,
+                 'code': memory.generated_code_size_in_bytes},
+      'flops': cost['flops'], 'bytes_moved': cost['bytes accessed'],
+      'collectives': hlo.summary(found), 'collectives_beside_loops': len(beside),
+      'largest_collectives': [dataclasses.asdict(one) for one in
+                              sorted(found, key=lambda one: -one.bytes * one.runs)[:SHOWN]]}
+
+
+def _by_formula(trainer: Trainer, devices: int) -> dict[str, Any]:
+  """Without a compiler: the step's operations counted before any is fused, and one gradient reduction."""
+  cost, share = trainer.lower_step().cost_analysis() or {}, 1 / devices
+  sizes = _state(trainer)['bytes']
+  return {'flops': cost.get('flops', 0.0) * share, 'bytes_moved': None, 'memory': None,
+          'collectives': {'all-reduce': {'instructions': 1, 'runs': 1, 'bytes': sizes['parameters']}}}
+
+
+def roofline(plan: dict[str, Any], chip: Chip) -> dict[str, float]:
+  """The least time a step can take, in seconds: arithmetic, memory and links each at their peak, all at once.
+
+  A ring all-reduce sends every byte about twice, the other collectives about once.
+  """
+  sent = sum(row['bytes'] * (2 if kind.startswith('all-reduce') else 1) for kind, row in plan['collectives'].items())
+  times = {'arithmetic': plan['flops'] / chip.flops, 'memory': (plan['bytes_moved'] or 0.0) / chip.bandwidth,
+           'links': sent / chip.links}
+  step = max(times.values())
+  return times | {'step': step, 'mfu': times['arithmetic'] / step if step else 0.0,
+                  'examples_per_second_per_chip': plan['batch_size'] / plan['devices'] / step if step else 0.0}
+
+
+def verdict(plan: dict[str, Any], chip: Chip | None) -> dict[str, Any]:
+  """Whether a step fits the chip's memory, and what to change where it does not."""
+  memory = plan['memory']
+  needed = (sum(plan['bytes'].values()) if memory is None else
+            memory['arguments'] + memory['outputs'] - memory['aliased'] + memory['temporaries'] + memory['code'])
+  if chip is None:
+    return {'needed': needed, 'fits': None, 'text': 'runs in the memory of this machine'}
+  fits = needed <= (1 - _RESERVED) * chip.memory
+  text = f'{"fits" if fits else "does not fit"}: {needed / 2**30:.2f} of {chip.memory / 2**30:.2f} GiB a chip'
+  if memory is None:
+    text += ', without activations, which only a compiler knows'
+  return {'needed': needed, 'fits': fits, 'text': text if fits else f'{text}; {advice(plan)}'}
+
+
+def advice(plan: Any) -> str:
+  """What makes a step smaller."""
+  accumulate = plan['accumulate'] if isinstance(plan, dict) else plan.train.accumulate
+  return (f'try --config.train.accumulate={2 * accumulate} (activations), --config.mesh.fsdp=8 (parameters and '
+          'optimizer), or more chips')

@@ -1,0 +1,112 @@
+"""How processes find each other, what they do alone, and how they end when one of them is gone."""
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lightclip_jax import distributed
+from lightclip_jax.errors import UserError
+
+PLAIN = dict(JAX_COORDINATOR_ADDRESS='10.0.0.1:1234', JAX_NUM_PROCESSES='4', JAX_PROCESS_ID='3')
+SLURM = dict(SLURM_JOB_ID='4097', SLURM_NTASKS='2', SLURM_PROCID='1', SLURM_STEP_NODELIST='gpu[03-04]')
+
+
+@pytest.mark.parametrize('environment, found', [
+    ({}, None),
+    (PLAIN, dict(coordinator_address='10.0.0.1:1234', num_processes=4, process_id=3)),
+    (SLURM, dict(coordinator_address='gpu03:12322', num_processes=2, process_id=1)),
+    (SLURM | PLAIN, dict(coordinator_address='10.0.0.1:1234', num_processes=4, process_id=3)),
+    (SLURM | dict(SLURM_NTASKS='1'), None),
+    (dict(TPU_WORKER_HOSTNAMES='a,b'), {}),
+    (dict(TPU_WORKER_HOSTNAMES='localhost'), None),
+])
+def test_what_the_environment_says(monkeypatch, environment, found):
+  monkeypatch.setattr(distributed.glob, 'glob', lambda pattern: [])
+  assert distributed.find(environment) == found
+
+
+@pytest.mark.parametrize('nodes, first', [('a', 'a'), ('a,b', 'a'), ('gpu[03-05,9]', 'gpu03'), ('n[7,9],m1', 'n7'),
+                                          ('head,gpu[1-2]', 'head')])
+def test_the_first_node_of_a_list(nodes, first):
+  assert distributed.find(SLURM | dict(SLURM_STEP_NODELIST=nodes))['coordinator_address'].startswith(f'{first}:')
+
+
+@pytest.mark.parametrize('changes, part', [
+    (dict(JAX_PROCESS_ID=''), 'JAX_PROCESS_ID is not set'), (dict(JAX_PROCESS_ID='4'), "'4'"),
+    (dict(JAX_NUM_PROCESSES='two'), "'two'"), (dict(JAX_COORDINATOR_ADDRESS='host'), 'HOST:PORT')])
+def test_settings_that_do_not_fit(changes, part):
+  with pytest.raises(UserError, match=part):
+    distributed.find(PLAIN | changes)
+
+
+def test_failing_to_start_gives_advice(monkeypatch):
+  def refuse(**arguments):
+    assert arguments['initialization_timeout'] == 7
+    raise RuntimeError('DEADLINE_EXCEEDED: Barrier timed out\nmore')
+  monkeypatch.setattr(jax.distributed, 'initialize', refuse)
+  for name, value in (PLAIN | dict(LIGHTCLIP_START_TIMEOUT='7')).items():
+    monkeypatch.setenv(name, value)
+  with pytest.raises(UserError, match='process 3 of 4 waited 7 s .*10.0.0.1:1234.*same command on every host') as error:
+    distributed.initialize()
+  assert '\n' not in str(error.value)
+
+
+def test_one_process_needs_nobody(capsys):
+  assert distributed.agree(3, True, False) == (True, False)
+  distributed.say(socket.__name__)
+  assert capsys.readouterr().out == 'socket\n'
+  with distributed.first_alone('x'), pytest.raises(jax.errors.JaxRuntimeError):
+    with distributed.ending_with_the_others():
+      raise jax.errors.JaxRuntimeError('its own failure')
+
+
+def work():
+  """Adds over all processes for ever, once they agree on what they say."""
+  distributed.initialize()
+  own = jax.process_index() == 1
+  with distributed.first_alone('start'):
+    distributed.say('one voice')
+  assert distributed.agree(10, own, False) == (True, False) and distributed.agree(11, own) == (False,)
+  place = NamedSharding(Mesh(np.asarray(jax.devices()), ('data',)), PartitionSpec('data'))
+  add = jax.jit(lambda x: x.sum(), out_shardings=NamedSharding(place.mesh, PartitionSpec()))
+  with distributed.ending_with_the_others():
+    while True:
+      total = float(add(jax.make_array_from_process_local_data(place, np.ones(1, np.float32))))
+      print(f'working {total}', flush=True)
+      time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('lost', [0, 1])
+def test_a_process_ends_soon_after_another_is_killed(lost):
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    address = f'127.0.0.1:{free.getsockname()[1]}'
+  common = {**os.environ, 'XLA_FLAGS': '', 'JAX_COORDINATOR_ADDRESS': address, 'JAX_NUM_PROCESSES': '2',
+            'PYTHONPATH': str(pathlib.Path(__file__).parents[1])}
+  workers = [subprocess.Popen([sys.executable, __file__], env=common | {'JAX_PROCESS_ID': str(i)}, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE) for i in range(2)]
+  try:
+    said = [[line for line, _ in zip(iter(worker.stdout.readline, ''), range(6), strict=False)] for worker in workers]
+    assert ['one voice\n' in lines for lines in said] == [True, False] and all('working 2.0\n' in lines for lines in said)
+    workers[lost].send_signal(signal.SIGKILL)
+    start = time.monotonic()
+    said = workers[1 - lost].communicate(timeout=120)[1]
+    assert time.monotonic() - start < 60 and workers[1 - lost].returncode != 0
+    assert 'lost another process' in said or 'another task died' in said, said
+  finally:
+    for worker in workers:
+      worker.kill()
+      worker.communicate()
+
+
+if __name__ == '__main__':
+  work()

@@ -1,0 +1,161 @@
+"""The launch scripts with stand-ins for gcloud, kubectl, srun and scontrol, which record how they were called."""
+import os
+import pathlib
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+LAUNCH = pathlib.Path(__file__).parents[1] / 'launch'
+FLAGS = ['--config=configs/mbv2.py:yfcc15m', "--workdir=/mnt/share/it's a run", '--config.name=$HOME "x"']
+POD = ['--name=clip', '--zone=us-central1-a', '--type=v5litepod-256']
+GKE = ['--name=clip', '--image=example.com/lightclip:1', '--accelerator=tpu-v5-lite-podslice', '--topology=16x16']
+
+RECORD = '''#!/usr/bin/env bash
+{ printf '%q ' "$(basename "$0")" "$@"; echo; } >> "$CALLS"
+case "$(basename "$0") $*" in
+  *"queued-resources describe"*) head -n 1 "$STATES"; [ "$(wc -l < "$STATES")" = 1 ] || sed -i 1d "$STATES" ;;
+  *lightclip_jax.main*) code=$(head -n 1 "$CODES"); sed -i 1d "$CODES"; exit "${code:-0}" ;;
+  *apply*) cat > "$YAML" ;;
+esac
+'''
+
+
+@pytest.fixture
+def launch(tmp_path):
+  """(script, arguments, states of the slice, exit codes of the training) -> (the finished process, recorded calls)."""
+  programs = tmp_path / 'bin'
+  programs.mkdir()
+  for name in ('gcloud', 'kubectl', 'srun', 'scontrol'):
+    (programs / name).write_text(RECORD)
+    (programs / name).chmod(0o755)
+
+  def run(script, *arguments, states=('GONE',), codes=(0,)):
+    files = {name: tmp_path / name for name in ('CALLS', 'STATES', 'CODES', 'YAML')}
+    for name, lines in (('CALLS', ()), ('STATES', states), ('CODES', codes)):
+      files[name].write_text(''.join(f'{line}\n' for line in lines))
+    environment = {**os.environ, **{name: str(path) for name, path in files.items()}, 'POLL_SECONDS': '0',
+                   'PYTHON': sys.executable, 'SLURM_JOB_ID': '17', 'TMPDIR': str(tmp_path),
+                   'PATH': f'{programs}{os.pathsep}{os.environ["PATH"]}'}
+    done = subprocess.run(['bash', str(LAUNCH / script), *arguments], env=environment, capture_output=True, text=True,
+                          timeout=60)
+    return done, [shlex.split(line) for line in files['CALLS'].read_text().splitlines()]
+  return run
+
+
+def trained_with(call):
+  """The flags of main in a command for a remote shell."""
+  remote = next(word for word in call if 'lightclip_jax.main' in word).removeprefix('--command=')
+  words = shlex.split(remote)
+  return words[words.index('lightclip_jax.main') + 1:]
+
+
+def test_every_script_is_valid_and_explains_itself():
+  for script in [*LAUNCH.glob('*.sh'), *LAUNCH.glob('gke/*.sh'), LAUNCH / 'slurm.sbatch']:
+    subprocess.run(['bash', '-n', str(script)], check=True)
+    assert os.access(script, os.X_OK) or script.name == 'setup.sh'
+    if shutil.which('shellcheck'):
+      subprocess.run(['shellcheck', '-x', '--source-path=SCRIPTDIR', str(script)], check=True)
+  for script in ('tpu_pod.sh', 'gke/run.sh'):
+    done = subprocess.run(['bash', str(LAUNCH / script), '--help'], capture_output=True, text=True, check=True)
+    assert '--config=configs/mbv2.py:yfcc15m' in done.stdout and '--dry-run' in done.stdout
+
+
+def test_tpu_pod_dry_run_prints_every_command_and_calls_none(launch):
+  done, calls = launch('tpu_pod.sh', *POD, '--spot', '--dry-run', '--', *FLAGS)
+  assert done.returncode == 0 and not calls, done.stderr
+  lines = [shlex.split(line) for line in done.stdout.splitlines()]
+  verbs = [' '.join(word for word in line[3:6] if not word.startswith('-')) for line in lines if line[0] == 'gcloud']
+  assert [verb.split()[:2] for verb in verbs] == [
+      ['queued-resources', 'create'], ['tpu-vm', 'scp'], ['tpu-vm', 'ssh'], ['tpu-vm', 'ssh'], ['queued-resources', 'delete']]
+  assert '--spot' in lines[0] and '--runtime-version=v2-alpha-tpuv5-lite' in lines[0]
+  assert trained_with(lines[-2]) == FLAGS
+
+
+def test_tpu_pod_starts_again_after_a_preemption_and_deletes_at_the_end(launch):
+  states = ['GONE', 'WAITING_FOR_RESOURCES', 'ACTIVE', 'SUSPENDED', 'GONE', 'ACTIVE']
+  done, calls = launch('tpu_pod.sh', *POD, '--nfs=10.0.0.2:/a b', '--', *FLAGS, states=states, codes=(75, 0))
+  assert done.returncode == 0, done.stderr
+  made = [call[4] for call in calls if call[3] == 'queued-resources' and call[4] != 'describe']
+  assert made == ['create', 'delete', 'create', 'delete']
+  training = [call for call in calls if any('lightclip_jax.main' in word for word in call)]
+  assert len(training) == 2 and all(trained_with(call) == FLAGS for call in training)
+  assert sum("10.0.0.2:/a\\ b" in word for call in calls for word in call) == 2, 'each new slice mounts the disk'
+  assert 'waiting for clip: WAITING_FOR_RESOURCES' in done.stdout
+
+
+def test_tpu_pod_does_not_repeat_a_mistake_or_delete_what_it_did_not_make(launch):
+  done, calls = launch('tpu_pod.sh', '--name=clip', '--zone=z', '--existing', '--', *FLAGS, codes=(2,))
+  assert done.returncode == 2 and not any('queued-resources' in call for call in calls)
+  done, calls = launch('tpu_pod.sh', *POD, '--attempts=2', '--', *FLAGS, states=['GONE', 'FAILED'])
+  assert done.returncode == 1 and done.stderr.count('the request for clip is FAILED') == 2
+  assert not any('lightclip_jax.main' in word for call in calls for word in call)
+
+
+@pytest.mark.parametrize('script, arguments, part', [
+    ('tpu_pod.sh', ['--zone=z', '--', 'x'], '--name'), ('tpu_pod.sh', ['--name=a', '--zone=z', '--', 'x'], '--type'),
+    ('tpu_pod.sh', POD, 'after --'), ('tpu_pod.sh', ['--sopt'], '--sopt'), ('slurm.sbatch', [], 'usage'),
+    ('local_multihost.sh', ['two'], 'usage'), ('gke/run.sh', [*GKE, '--chips=3', '--', 'x'], '256 chips'),
+    ('gke/run.sh', [*GKE[1:], '--name=A b', '--', 'x'], "'A b'"), ('gke/run.sh', GKE, 'after --')])
+def test_mistakes_are_said(launch, script, arguments, part):
+  done, calls = launch(script, *arguments)
+  assert done.returncode == 2 and part in done.stderr and not calls
+
+
+def check_job_set(text):
+  """The parts of JobSet v1alpha2 that must be there, with their types (jobset.sigs.k8s.io/docs/reference)."""
+  job_set = yaml.safe_load(text)
+  assert (job_set['apiVersion'], job_set['kind']) == ('jobset.x-k8s.io/v1alpha2', 'JobSet')
+  assert set(job_set) == {'apiVersion', 'kind', 'metadata', 'spec'}
+  assert set(job_set['spec']) <= {'failurePolicy', 'network', 'replicatedJobs', 'startupPolicy', 'successPolicy', 'suspend',
+                                  'ttlSecondsAfterFinished', 'coordinator', 'managedBy'}
+  assert isinstance(job_set['spec']['failurePolicy']['maxRestarts'], int)
+  (hosts,) = job_set['spec']['replicatedJobs']
+  assert set(hosts) <= {'name', 'replicas', 'template', 'groupName', 'dependsOn'}
+  job = hosts['template']['spec']
+  assert job['parallelism'] == job['completions'] and set(job) <= {'parallelism', 'completions', 'backoffLimit',
+                                                                   'podFailurePolicy', 'template'}
+  pod = job['template']['spec']
+  assert all(isinstance(value, str) for value in pod['nodeSelector'].values())
+  (container,) = pod['containers']
+  assert all(isinstance(word, str) for word in container['command'] + container['args'])
+  assert container['resources']['requests'] == container['resources']['limits']
+  return job, pod, container
+
+
+def test_gke_applies_a_valid_job_set_and_follows_it(launch, tmp_path):
+  done, calls = launch('gke/run.sh', *GKE, '--spot', '--service-account=clip', '--claim=share', '--', *FLAGS)
+  assert done.returncode == 0, done.stderr
+  job, pod, container = check_job_set((tmp_path / 'YAML').read_text())
+  assert job['parallelism'] == 64 and container['args'] == FLAGS and container['resources']['limits'] == {'google.com/tpu': 4}
+  assert pod['nodeSelector']['cloud.google.com/gke-spot'] == 'true' and pod['serviceAccountName'] == 'clip'
+  assert pod['volumes'][0]['persistentVolumeClaim']['claimName'] == 'share'
+  assert container['volumeMounts'][0]['mountPath'] == '/mnt/share'
+  assert [call[1] for call in calls] == ['apply', 'wait', 'logs']
+
+
+def test_gke_dry_run_and_delete(launch):
+  done, calls = launch('gke/run.sh', *GKE, '--dry-run', '--', *FLAGS)
+  text, commands = done.stdout.split('\nkubectl apply', 1)
+  assert check_job_set(text)[2]['args'] == FLAGS and 'kubectl logs' in commands and not calls
+  done, calls = launch('gke/run.sh', '--name=clip', '--delete')
+  assert calls == [['kubectl', 'delete', 'jobset', 'clip', '--namespace=default']]
+
+
+def test_slurm_goes_back_into_the_queue(launch):
+  for code, requeued in ((0, False), (2, False), (75, True), (137, True)):
+    done, calls = launch('slurm.sbatch', *FLAGS, codes=(code,))
+    assert done.returncode == code and calls[0][0] == 'srun' and calls[0][-len(FLAGS):] == FLAGS
+    assert (calls[1:] == [['scontrol', 'requeue', '17']]) == requeued
+  done, calls = launch('slurm.sbatch', '--dry-run', *FLAGS)
+  assert shlex.split(done.stdout)[-len(FLAGS):] == FLAGS and not calls
+
+
+def test_local_processes_get_their_places(launch):
+  done, _ = launch('local_multihost.sh', '--dry-run', '3', *FLAGS)
+  lines = [shlex.split(line) for line in done.stdout.splitlines()]
+  assert [line[2] for line in lines] == [f'JAX_PROCESS_ID={i}' for i in range(3)]
+  assert len({line[0] for line in lines}) == 1 and all(line[-len(FLAGS):] == FLAGS for line in lines)

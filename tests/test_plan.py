@@ -1,0 +1,151 @@
+"""Plans: what is read from a compiled program, the formulas, and the command."""
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lightclip_jax import config as config_lib
+from lightclip_jax import sharding
+from lightclip_jax.errors import UserError
+from lightclip_jax.planning import hlo, measure, table
+from lightclip_jax.planning.chips import CHIPS, Topology
+
+ROOT = pathlib.Path(__file__).parents[1]
+TINY = ROOT / 'tests' / 'training' / 'tiny_config.py'
+
+TEXT = """HloModule jit_step
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %cps = (f32[8]{0:T(128)}, f32[8]{0:T(128)}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%v), channel_id=1
+  %cpd = f32[8]{0} collective-permute-done(%cps)
+}
+
+%unused (p: f32[4]) -> f32[4] {
+  %never = f32[4] all-to-all(%p)
+}
+
+ENTRY %main (a: f32[16]) -> f32[16] {
+  %loop = (s32[], f32[8]) while(%t), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"256"}}
+  %ar = (f32[16]{0}, bf16[2,3]{1,0}) all-reduce(%a, %b), to_apply=%add, metadata={op_name="jit(step)/transpose/dot"}
+  %ags = ((f32[2]{0}, f32[4]{0}), (f32[16]{0}, f32[32]{0})) all-gather-start(%c, %d), dimensions={0}
+  ROOT %agd = (f32[16]{0}, f32[32]{0}) all-gather-done(%ags)
+}
+"""
+
+
+def test_collectives_are_counted_once_with_their_loops():
+  found = {one.kind: one for one in hlo.collectives(TEXT)}
+  assert len(hlo.collectives(TEXT)) == len(found) == 3
+  assert found['all-reduce'].bytes == 16 * 4 + 6 * 2 and found['all-reduce'].origin == 'jit(step)/transpose/dot'
+  assert found['all-gather'].bytes == 48 * 4
+  assert (found['collective-permute'].bytes, found['collective-permute'].runs) == (32, 256)
+  assert hlo.summary(list(found.values()))['collective-permute in loops'] == dict(instructions=1, runs=256, bytes=32 * 256)
+
+
+@pytest.mark.parametrize('shape, size', [('f32[8,4]{1,0:T(8,128)}', 128), ('(pred[3], s4[4], token[])', 5), ('bf16[]', 2)])
+def test_bytes_of_shapes(shape, size):
+  assert hlo.shape_bytes(shape) == size
+
+
+def test_a_real_program_is_read():
+  mesh = sharding.make_mesh(config_lib.Mesh())
+  place = NamedSharding(mesh, PartitionSpec('data'))
+
+  def step(x):
+    def shift(x, _):
+      return jax.lax.ppermute(x, 'data', [(i, (i + 1) % 8) for i in range(8)]) * 0.5, None
+    ring = jax.shard_map(lambda x: jax.lax.scan(shift, x, length=6)[0], mesh=mesh, in_specs=PartitionSpec('data'),
+                         out_specs=PartitionSpec('data'))
+    return jnp.sum(ring(x))
+
+  text = jax.jit(step).lower(jax.ShapeDtypeStruct((64, 4), jnp.float32, sharding=place)).compile().as_text()
+  total = hlo.summary(hlo.collectives(text))
+  assert sum(row['runs'] for kind, row in total.items() if kind.startswith('collective-permute')) == 6
+  assert total['all-reduce'] == dict(instructions=1, runs=1, bytes=4)
+
+
+@pytest.mark.parametrize('name, count', [('v5e:16x16', 256), ('v4:4x4x4', 64), ('cpu:8', 8), ('gpu:64', 64)])
+def test_topologies(name, count):
+  assert Topology.parse(name).count == count
+
+
+@pytest.mark.parametrize('name', ['v5e', 'v9:2x2', 'cpu:2x2', 'v5e:16', 'v5e:0x4', 'v5e:16x16x', 'gpu:x'])
+def test_topologies_that_do_not_exist(name):
+  with pytest.raises(UserError, match=f'topology.*{name}'):
+    Topology.parse(name)
+
+
+PLAN = dict(flops=2e12, bytes_moved=8.19e9, batch_size=512, devices=4, accumulate=1, bytes={},
+            collectives={'all-reduce': dict(bytes=1e9), 'collective-permute in loops': dict(bytes=2e9)},
+            memory=dict(arguments=10e9, outputs=4e9, aliased=3e9, temporaries=4e9, code=0.2e9))
+
+
+def test_roofline_by_hand():
+  best = measure.roofline(PLAN, CHIPS['v5e'])
+  assert best['arithmetic'] == pytest.approx(2e12 / 197e12) and best['memory'] == pytest.approx(0.01)
+  assert best['links'] == pytest.approx(4e9 / 200e9) == best['step']   # an all-reduce's bytes count twice
+  assert best['examples_per_second_per_chip'] == pytest.approx(128 / 0.02)
+  assert best['mfu'] == pytest.approx(best['arithmetic'] / 0.02)
+
+
+def test_verdict_counts_donated_buffers_once_and_says_what_to_change():
+  fits = measure.verdict(PLAN, CHIPS['v5e'])
+  assert fits['needed'] == pytest.approx(15.2e9) and fits['fits']
+  too_much = measure.verdict(PLAN | dict(memory=PLAN['memory'] | dict(temporaries=5e9)), CHIPS['v5e'])
+  assert not too_much['fits'] and 'accumulate=2' in too_much['text'] and 'fsdp' in too_much['text']
+
+
+def run(*arguments):
+  environment = os.environ | {'XLA_FLAGS': '', 'PYTHONWARNINGS': 'ignore'}
+  return subprocess.run([sys.executable, '-m', 'lightclip_jax.plan', *arguments], cwd=ROOT, env=environment,
+                        capture_output=True, text=True, timeout=300)
+
+
+def test_plan_by_formula(tmp_path):
+  done = run(f'--config={TINY}', '--topology=gpu:4', '--config.mesh.fsdp=4', f'--json={tmp_path / "plan.json"}')
+  assert done.returncode == 0, done.stderr
+  plan = json.loads((tmp_path / 'plan.json').read_text())
+  assert 'BY FORMULA' in done.stdout and plan['formula_only'] and plan['roofline']['arithmetic'] > 0
+  assert plan['parameters_inference'] + plan['parameters_training_only'] == sum(plan['parameters'].values())
+  whole = 4 * sum(plan['parameters'].values())
+  assert whole / 4 < plan['bytes']['parameters'] < whole / 2, 'most bytes are divided by four, the small ones stay whole'
+  assert plan['bytes']['ema'] == plan['bytes']['parameters']
+  assert plan['bytes']['optimizer'] == pytest.approx(2 * plan['bytes']['parameters'], abs=64)
+
+
+@pytest.mark.parametrize('arguments, part', [
+    (['--config=configs/mbv2.py:yfcc15m', '--topology=v5e:banana'], 'v5e:banana'),
+    ([f'--config={TINY}', '--topology=cpu:3'], '128'),
+    ([f'--config={TINY}', '--topology=cpu:8', '--config.mesh.tensor=2'], '45 of'),
+])
+def test_bad_input_is_one_line(arguments, part):
+  done = run(*arguments)
+  assert done.returncode == 2 and part in done.stderr and done.stderr.count('\n') == 1, done.stderr
+
+
+def test_a_missing_compiler_is_one_line(monkeypatch):
+  import importlib.util
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  with pytest.raises(UserError, match='pip install libtpu'):
+    Topology.parse('v5e:2x2').devices()
+
+
+@pytest.mark.slow
+def test_the_plan_of_the_step_that_trains(monkeypatch):
+  monkeypatch.syspath_prepend(str(TINY.parent))
+  import tiny  # the very step that the tests of training compile, which is in the cache then
+  plan = measure.make_plan(tiny.TINY, Topology.parse('cpu:8'))
+  assert plan['memory']['temporaries'] > 0 and plan['flops'] > 0 and plan['verdict']['fits'] is None
+  assert any(kind.startswith('collective-permute') for kind in plan['collectives']), 'the loss travels a ring'
+  assert not any(kind.startswith('all-gather') for kind in plan['collectives'])
+  assert 'compiled in' in table.format_plan(plan) and json.dumps(plan)
