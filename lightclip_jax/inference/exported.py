@@ -85,4 +85,4 @@ def optional(package: str) -> Any:
   try:
     return importlib.import_module(package)
   except ImportError as error:
-    raise UserError(f"this needs the package {package}: pip install 'lightclip-jax[export]'") from error
+    raise UserError(f"this needs the package {package.partition('.')[0]}: pip install '.[export]' in the repository") from error
