@@ -43,6 +43,20 @@ ENTRY %main (a: f32[16]) -> f32[16] {
 """
 
 
+def test_a_loop_without_a_count_is_a_loop_still():
+  without = TEXT.replace('"known_trip_count":{"n":"256"}', '')
+  (ring,) = [one for one in hlo.collectives(without) if one.kind == 'collective-permute']
+  assert ring.in_loop and ring.runs == 1
+  condition = """%cond (p: (s32[], f32[8])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(15)
+  ROOT %less = pred[] compare(%i, %limit), direction=LT
+}
+
+ENTRY"""
+  (ring,) = [one for one in hlo.collectives(without.replace('ENTRY', condition)) if one.kind == 'collective-permute']
+  assert ring.in_loop and ring.runs == 15
+
+
 def test_collectives_are_counted_once_with_their_loops():
   found = {one.kind: one for one in hlo.collectives(TEXT)}
   assert len(hlo.collectives(TEXT)) == len(found) == 3

@@ -1,6 +1,7 @@
 """Reads a compiled program's text: which collectives it has, what they carry, how often they run.
 
-A loop's body runs as often as the compiler knows (`known_trip_count`), else once.
+A loop's body runs as often as the compiler says (`known_trip_count`) or its condition compares with; else it counts as once,
+so that runs and bytes of loops are at least what is said.
 """
 import collections
 import dataclasses
@@ -30,7 +31,7 @@ class Collective:
 def collectives(text: str) -> list[Collective]:
   """Every collective of an optimised HLO module, those that start and finish apart counted once."""
   computations, entry = _split(text)
-  runs = _runs(computations, entry)
+  runs, looped = _runs(computations, entry)
   out = []
   for name, lines in computations.items():
     for line in lines:
@@ -40,7 +41,7 @@ def collectives(text: str) -> list[Collective]:
         shape = _result_of(found[1]) if found[2] in ('all-gather-start', 'collective-permute-start') else found[1]
         origin = re.search(r'op_name="([^"]*)"', line)
         short = re.sub(r'\{[^}]*\}|\s', '', shape)
-        out.append(Collective(kind, shape_bytes(shape), runs[name], short, origin[1] if origin else '', runs[name] > 1))
+        out.append(Collective(kind, shape_bytes(shape), runs[name], short, origin[1] if origin else '', name in looped))
   return out
 
 
@@ -95,18 +96,29 @@ def _split(text: str) -> tuple[dict[str, list[str]], str]:
   return computations, entry
 
 
-def _runs(computations: dict[str, list[str]], entry: str) -> dict[str, int]:
-  """How often each computation that is reached from the entry runs a step."""
-  runs, waiting = collections.Counter({entry: 1}), [entry]
+def _runs(computations: dict[str, list[str]], entry: str) -> tuple[dict[str, int], set[str]]:
+  """How often each computation that is reached from the entry runs a step, and those that are inside a loop."""
+  runs, looped, waiting = {entry: 1}, set(), [entry]
   while waiting:
     caller = waiting.pop()
     for line in computations.get(caller, ()):
-      called = _CALLED.findall(line)
+      called, loop = _CALLED.findall(line), ' while(' in line
       for branches in _BRANCHES.findall(line):
         called += [name.strip().lstrip('%') for name in branches.split(',')]
-      trips = re.search(r'known_trip_count[^\d}]*(\d+)', line) if ' while(' in line else None
       for name in called:
         if name in computations and name not in runs:
-          runs[name] = runs[caller] * (int(trips[1]) if trips else 1)
+          runs[name] = runs[caller] * (_trips(line, computations) if loop else 1)
           waiting.append(name)
-  return dict(runs)
+          if loop or caller in looped:
+            looped.add(name)
+  return runs, looped
+
+
+def _trips(line: str, computations: dict[str, list[str]]) -> int:
+  """How often a `while` instruction's body runs; 1 where that cannot be read."""
+  known = re.search(r'known_trip_count[^\d}]*(\d+)', line)
+  if known:
+    return int(known[1])
+  condition = re.search(r'condition=%?([\w.\-]+)', line)
+  limits = re.findall(r's32\[\]\S* constant\((\d+)\)', '\n'.join(computations.get(condition[1], ())))
+  return max(1, int(limits[0])) if len(limits) == 1 else 1
