@@ -80,10 +80,10 @@ def claim_workdir(workdir: pathlib.Path, config: config_lib.Config) -> None:
     UserError: if the workdir belongs to a run with another config; the first differing options are named.
   """
   path = workdir / 'config.json'
-  values = dataclasses.asdict(config)
-  if path.exists():
+  values, defaults = dataclasses.asdict(config), _flat(dataclasses.asdict(config_lib.Config()))
+  if path.exists():   # an option that is younger than the run had its default
     try:
-      before = _flat(json.loads(path.read_text()))
+      before = defaults | _flat(json.loads(path.read_text()))
     except ValueError as error:
       raise UserError(f'{str(path)!r} is not JSON ({error}); use another --workdir') from error
     now = _flat(json.loads(json.dumps(values)))
