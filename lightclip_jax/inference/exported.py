@@ -85,4 +85,5 @@ def optional(package: str) -> Any:
   try:
     return importlib.import_module(package)
   except ImportError as error:
-    raise UserError(f"this needs the package {package.partition('.')[0]}: pip install '.[export]' in the repository") from error
+    name = package.partition('.')[0]
+    raise UserError(f'this needs the package {name}, which is not installed: pip install {name}') from error

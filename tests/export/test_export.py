@@ -54,7 +54,7 @@ def test_stablehlo_is_the_model(workdir, model, tmp_path, capsys):
 
 
 def test_onnx_is_the_model_and_int8_nearly(workdir, model, tmp_path, capsys):
-  pytest.importorskip('onnx', reason="pip install '.[export]'")
+  pytest.importorskip('onnx')
   pytest.importorskip('onnxruntime')
   shapes.prepare(tmp_path / 'shapes', size=32)
   run(workdir, tmp_path / 'out', '--format=onnx', '--int8', f'--data={tmp_path / "shapes"}')

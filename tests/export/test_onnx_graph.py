@@ -8,7 +8,7 @@ from lightclip_jax.errors import UserError
 from lightclip_jax.export import onnx_graph
 from lightclip_jax.models import convolution, layers, text_transformer
 
-onnx = pytest.importorskip('onnx', reason="pip install '.[export]'")
+onnx = pytest.importorskip('onnx')
 onnxruntime = pytest.importorskip('onnxruntime')
 
 RNG = np.random.default_rng(0)
