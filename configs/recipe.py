@@ -37,7 +37,7 @@ QUICKSTART = replace(
     model=dict(embed_dim=256, token_dim=64, batch_norm='group:32', image=dict(size=48),
                text=dict(width=96, heads=3, depth=2, context=12, vocab_size=3072),
                fusion=dict(stages=((3, 1), (4, 2)), heads=4)),
-    data=dict(max_masked=2, first_caption=0.5, crop_scale=(0.6, 1.0)),
+    data=dict(max_masked=2, first_caption=0.6, crop_scale=(0.6, 1.0)),
     objective=dict(contrastive=dict(alpha=Schedule(0.0, 0.1)), token_matching=dict(weight=constant(0.3), group_size=8),
                    masked_lm=dict(weight=Schedule(0.0, 0.2, begin=0.3, finish=0.6))),
     train=dict(steps=1700, batch_size=128, log_every=20),

@@ -136,9 +136,9 @@ class Objective:
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
   """AdamW or Muon (arXiv:2502.16982), with linear warm-up and cosine decay to zero."""
-  name: Literal['adamw', 'muon'] = 'adamw'   # muon: matrices by orthogonalised momentum, all else by Adam
-  learning_rate: float = 1e-3  # Adam's
-  matrix_learning_rate: float = 4e-3   # Muon's; it wants some times Adam's
+  name: Literal['adamw', 'muon'] = 'adamw'   # muon: matrices by orthogonalised momentum, all else by AdamW
+  learning_rate: float = 1e-3  # AdamW's
+  matrix_learning_rate: float = 4e-3   # Muon's; it wants some times AdamW's
   warmup_fraction: float = 0.05
   weight_decay: float = 0.1    # not on norms, biases, embeddings of position or scales
   b1: float = 0.9

@@ -12,8 +12,6 @@ from lightclip_jax.errors import UserError
 # Decay would only shrink what these learn: offsets, scales, tables of positions and the temperatures.
 NO_DECAY = re.compile(r'(^|/)(bias|scale|gate|logit_\w+|token_logit_scale|\w*position\w*|class_token)$')
 
-OUTPUTS = ('image_projection', 'text_projection')
-
 
 def learning_rate(config: config_lib.Optimizer, steps: int) -> optax.Schedule:
   """Step -> learning rate: linear from 0 during `warmup_fraction` of `steps`, then a cosine to 0."""
@@ -33,21 +31,19 @@ def decay_mask(params: Any) -> Any:
 
 
 def matrices(params: Any) -> Any:
-  """Which axes Muon takes for rows and columns of each parameter; None for those that Adam learns.
+  """Which axes Muon takes for rows and columns of each parameter; None for those that AdamW learns.
 
-  Those are all vectors and tables, kernels that read raw pixels or one channel (their few rows are no matrix), and the
-  output layers, as is usual with Muon; the image tower's would take half of the optimizer's time.
+  Those are all vectors and tables, and kernels that read raw pixels or one channel: their few rows are no matrix.
   """
   def dimensions(path: tuple[Any, ...], leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
-    name = sharding.path_name(path)
-    if not name.endswith('kernel') or name.startswith(OUTPUTS) or leaf.shape[-2] <= 3:
+    if not sharding.path_name(path).endswith('kernel') or leaf.shape[-2] <= 3:
       return None
     return optax.contrib.MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), leaf.ndim - 1)
   return jax.tree_util.tree_map_with_path(dimensions, params)
 
 
 def make_optimizer(config: config_lib.Optimizer, steps: int) -> optax.GradientTransformation:
-  """Clipping by the global norm, then AdamW, or Muon (whose matrices alone decay) with Adam for the rest.
+  """Clipping by the global norm, then AdamW, or Muon for the matrices and AdamW for the rest.
 
   Frozen parameters count in neither, and have no moments.
   """
@@ -65,12 +61,14 @@ def _adamw(config: config_lib.Optimizer, steps: int) -> optax.GradientTransforma
 
 
 def _muon(config: config_lib.Optimizer, steps: int) -> optax.GradientTransformation:
-  # consistent_rms: updates of the size that AdamW's have, whatever the matrix's shape (arXiv:2502.16982). Three iterations
-  # after the "aol" scaling (arXiv:2512.04632) learn as much as five after the usual one, in less than half the time.
-  return optax.contrib.muon(
-      _schedule(config.matrix_learning_rate, config, steps), weight_decay=config.weight_decay,
-      adam_learning_rate=learning_rate(config, steps), adam_b1=config.b1, adam_b2=config.b2, eps=config.eps, ns_steps=3,
-      preconditioning='aol', consistent_rms=0.2, muon_weight_dimension_numbers=matrices)
+  # consistent_rms: updates of the size that AdamW's have, whatever the matrix's shape (arXiv:2502.16982).
+  muon = optax.contrib.muon(_schedule(config.matrix_learning_rate, config, steps), weight_decay=config.weight_decay,
+                            consistent_rms=0.2, muon_weight_dimension_numbers=matrices)
+
+  def labels(params: Any) -> Any:
+    return jax.tree.map(lambda dimensions: 'muon' if dimensions else 'adamw', matrices(params),
+                        is_leaf=lambda x: x is None or isinstance(x, optax.contrib.MuonDimensionNumbers))
+  return optax.partition({'muon': muon, 'adamw': _adamw(config, steps)}, labels)
 
 
 def frozen_labels(params: Any, pattern: str) -> Any:
