@@ -43,7 +43,7 @@ QUICKSTART = replace(
     train=dict(steps=1700, batch_size=128, log_every=20),
     optimizer=dict(name='muon', learning_rate=2e-3, matrix_learning_rate=8e-3),
     checkpoint=dict(every_steps=500, every_minutes=3.0),
-    evaluation=dict(every_steps=500))
+    evaluation=dict(every_steps=850))
 
 EMOJI = replace(
     Config(),
@@ -53,7 +53,7 @@ EMOJI = replace(
     data=dict(max_masked=4, first_caption=0.3, color_jitter=0.4),
     train=dict(steps=8000, batch_size=1024),
     optimizer=dict(ema_decay=0.999),
-    evaluation=dict(every_steps=500))
+    evaluation=dict(every_steps=850))
 
 ICONS = replace(EMOJI, data=dict(dataset='icons'), train=dict(steps=40_000, batch_size=2048),
                 model=dict(text=dict(vocab_size=8192)))

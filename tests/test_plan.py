@@ -126,13 +126,14 @@ def run(*arguments):
 
 
 def test_plan_by_formula(tmp_path):
-  done = run(f'--config={TINY}', '--topology=gpu:4', '--config.mesh.fsdp=4', f'--json={tmp_path / "plan.json"}')
+  done = run(f'--config={TINY}', '--topology=gpu:4', '--config.mesh.fsdp=4', '--config.optimizer.name=adamw',
+             f'--json={tmp_path / "plan.json"}')
   assert done.returncode == 0, done.stderr
   plan = json.loads((tmp_path / 'plan.json').read_text())
   assert 'BY FORMULA' in done.stdout and plan['formula_only'] and plan['roofline']['arithmetic'] > 0
   assert plan['parameters_inference'] + plan['parameters_training_only'] == sum(plan['parameters'].values())
   whole = 4 * sum(plan['parameters'].values())
-  assert whole / 4 < plan['bytes']['parameters'] < whole / 2, 'most bytes are divided by four, the small ones stay whole'
+  assert whole / 4 < plan['bytes']['parameters'] < 0.6 * whole, 'most bytes are divided by four, the small ones stay whole'
   assert plan['bytes']['ema'] == plan['bytes']['parameters']
   assert plan['bytes']['optimizer'] == pytest.approx(2 * plan['bytes']['parameters'], abs=64)
 
