@@ -53,7 +53,7 @@ EMOJI = replace(
     data=dict(max_masked=4, first_caption=0.3, color_jitter=0.4),
     train=dict(steps=8000, batch_size=1024),
     optimizer=dict(ema_decay=0.999),
-    evaluation=dict(every_steps=850))
+    evaluation=dict(every_steps=500))
 
 ICONS = replace(EMOJI, data=dict(dataset='icons'), train=dict(steps=40_000, batch_size=2048),
                 model=dict(text=dict(vocab_size=8192)))
