@@ -47,7 +47,7 @@ def stop_at(workdir, environment, step, number):
   deadline = time.monotonic() + 400
   while not any(row['step'] >= step for row in log_of(workdir)):
     assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
-    time.sleep(0.005)
+    time.sleep(0.05)
   process.send_signal(number)
   output = process.communicate(timeout=120)[0]
   return process.returncode, output
