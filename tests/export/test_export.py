@@ -183,7 +183,7 @@ def test_mistakes_are_one_line(workdir, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=words):
       list(export.export(loaded, kind, tmp_path / out, int8=int8))
   monkeypatch.setitem(sys.modules, 'onnx', None)
-  with pytest.raises(UserError, match=r'needs the package onnx: pip install'):
+  with pytest.raises(UserError, match=r'needs the package onnx, which is not installed: pip install onnx'):
     exported.optional('onnx')
   (tmp_path / 'model.json').write_text('{"format": "onnx"}')
   with pytest.raises(UserError, match='does not describe an exported model'):
