@@ -17,6 +17,7 @@ import time
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('XLA_FLAGS', '--xla_force_host_platform_device_count=8')
+os.environ.setdefault('PJRT_NPROC', '64')   # fewer threads than devices' collectives wait for each other for ever
 os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')   # libtpu compiles here; it must not look for a TPU's host
 
 import jax  # noqa: E402  (the flags above must be set first)
