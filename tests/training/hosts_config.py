@@ -16,12 +16,13 @@ from lightclip_jax.data.pipeline import TrainBatches  # noqa: E402
 from lightclip_jax.models import vit  # noqa: E402
 from lightclip_jax.training.checkpoint import Checkpointer  # noqa: E402
 
-vit.DEPTH, vit.MAPS_AFTER = 2, (1, 2)   # wide layers to split, compiled in seconds
+vit.DEPTH, vit.MAPS_AFTER = 1, (1,)     # wide layers to split, compiled in seconds
 sharding.WHOLE_BELOW = 512              # this model is small throughout
 STEPS = 20
 HOSTS = config_lib.replace(
     TINY, name='hosts', train=dict(steps=STEPS, batch_size=32), checkpoint=dict(every_steps=4, keep=10),
-    model=dict(image=dict(name='vit_ti', patch_size=8, stem_stride=2, width=1.0), fusion=dict(stages=((2, 1),))),
+    model=dict(image=dict(name='vit_ti', stem_stride=2, width=1.0), text=dict(depth=1), fusion=dict(stages=((1, 1),))),
+    objective=dict(token_matching=dict(num_iterations=3)),
     evaluation=dict(splits=('heldout_style',)))
 
 
