@@ -1,11 +1,13 @@
 """A run whose data and workdir lie in a bucket: the libraries' own clients against a stand-in for Cloud Storage."""
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from bucket import Gcs, Server
+from jax.experimental.compilation_cache import compilation_cache
 from orbax.checkpoint._src.path import gcs_utils
 
 from lightclip_jax import config as config_lib
@@ -121,6 +123,20 @@ def test_logs_and_report_reach_the_bucket(monkeypatch):
 
 
 def test_preparing_needs_a_disk():
-  import pathlib
   with pytest.raises(UserError, match='prepare on a disk'), writer.new_folder(pathlib.Path('gs://clip/data')):
     pass
+
+
+def test_compiled_programs_are_kept_in_the_bucket():
+  names = ('jax_compilation_cache_dir', 'jax_persistent_cache_min_compile_time_secs')
+  before = {name: getattr(jax.config, name) for name in names}
+  try:
+    for name, value in zip(before, ('gs://clip/compiled', 0.0), strict=True):
+      jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    jax.jit(lambda x: jnp.sin(x) * 3)(jnp.ones(7)).block_until_ready()
+  finally:
+    for name, value in before.items():
+      jax.config.update(name, value)
+    compilation_cache.reset_cache()
+  assert any(path.startswith('/clip/compiled/jit') for path in Gcs.store)
