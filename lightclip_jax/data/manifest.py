@@ -4,6 +4,7 @@ import json
 import pathlib
 from typing import Any
 
+from lightclip_jax import storage
 from lightclip_jax.errors import UserError
 
 FILE_NAME = 'manifest.json'
@@ -43,13 +44,13 @@ class Manifest:
     (folder / FILE_NAME).write_text(text + '\n', encoding='utf-8')
 
 
-def load(folder: str | pathlib.Path) -> Manifest:
+def load(folder: str | storage.Path) -> Manifest:
   """The manifest of a prepared folder.
 
   Raises:
     UserError: if the folder is missing, empty, not made by `lightclip_jax.prepare`, or of another format version.
   """
-  folder = pathlib.Path(folder)
+  folder = storage.path(folder)
   file = folder / FILE_NAME
   if not file.is_file():
     what = ('is not a folder' if not folder.is_dir() else
