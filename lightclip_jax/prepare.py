@@ -29,7 +29,7 @@ def _built_in_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _teacher(args: argparse.Namespace) -> None:
-  from lightclip_jax.inference import teacher   # it imports JAX
+  from lightclip_jax.inference import teacher  # it imports JAX
 
   entry, temperature = teacher.prepare(args.model, args.data)
   print(f'{args.data}: embeddings of {entry.name!r}; train with --config.objective.distillation.weight=1 '

@@ -90,7 +90,7 @@ class HuggingFaceTokenizer:
   no [MASK]. Raises UserError for another file."""
 
   def __init__(self, data: bytes):
-    import tokenizers as library   # here alone: SentencePiece does without
+    import tokenizers as library  # here alone: SentencePiece does without
     self._data = data
     try:
       self._tokenizer = library.Tokenizer.from_buffer(data)

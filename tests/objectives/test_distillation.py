@@ -106,7 +106,8 @@ def test_the_term_has_a_schedule_and_is_off_by_default():
   options = config.Objective(config.Contrastive(alpha=off), config.TokenMatching(off), config.MaskedLM(off),
                              config.Distillation(config.Schedule(0.0, 2.0), temperature=0.1))
   objective, (image, text, *teacher) = Objective.from_config(options), problem(24)
-  total, metrics = objective(Outputs(image, text), Scales(9.0), progress=0.25, teacher_image=teacher[0], teacher_text=teacher[1])
+  total, metrics = objective(Outputs(image, text), Scales(9.0), progress=0.25,
+                             **dict(zip(('teacher_image', 'teacher_text'), teacher, strict=True)))
   expected, *_ = reference.distillation(image, text, *teacher, 9.0, 0.1)
   np.testing.assert_allclose(metrics['loss_distillation'], expected, rtol=1e-5)
   np.testing.assert_allclose(total, metrics['loss_contrastive'] + 0.5 * expected, rtol=1e-5)

@@ -14,7 +14,6 @@ from lightclip_jax import sharding
 from lightclip_jax.models import lightclip, norm
 from lightclip_jax.training.step import Trainer, put_batch
 
-
 TEACHER = dict(distillation=dict(weight=config_lib.constant(0.3), teacher_dim=6))
 
 
