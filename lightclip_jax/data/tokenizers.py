@@ -109,10 +109,10 @@ class HuggingFaceTokenizer:
     self._is_word = ~np.isin(np.arange(self.vocab_size), self.special_ids)
 
   def encode(self, texts: Sequence[str], context: int) -> np.ndarray:
-    """See `Tokenizer.encode`; white space is made single blanks first, as open_clip does."""
+    """See `Tokenizer.encode`."""
     tokens_NxW = np.full((len(texts), context), self.pad_id, np.int32)
     for row_W, text in zip(tokens_NxW, texts, strict=True):
-      words = self._tokenizer.encode(' '.join(text.split())).ids
+      words = self._tokenizer.encode(text).ids
       words = [*words[:context - 1], self.end_id] if len(words) > context else words
       row_W[:len(words)] = words
     return tokens_NxW

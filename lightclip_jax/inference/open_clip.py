@@ -47,12 +47,12 @@ def load(folder: pathlib.Path) -> dict[str, Any]:
     tokenizer = _tokenizer(folder)
     image_tower = _image_tower(image, weights, preprocessing, dim)
     text_tower = _text_tower(text, weights, tokenizer, dim, bool(model.get('quick_gelu')))
+    scale = float(np.exp(weights['logit_scale'].reshape(())))
   except (KeyError, TypeError, ValueError) as error:
     what = error if isinstance(error, UserError) else repr(error)
     raise UserError(f'{str(folder)!r} cannot be loaded: {what}') from error
   return {'preprocessing': preprocessing, 'context': text.get('context_length', 77), 'embed_dim': dim,
-          'logit_scale': float(np.exp(weights['logit_scale'])), 'tokenizer': tokenizer, 'image_tower': image_tower,
-          'text_tower': text_tower}
+          'logit_scale': scale, 'tokenizer': tokenizer, 'image_tower': image_tower, 'text_tower': text_tower}
 
 
 def _image(folder: pathlib.Path, vision: Mapping[str, Any]) -> config_lib.ImageTower:

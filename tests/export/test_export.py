@@ -137,6 +137,7 @@ def test_open_clip_folder(workdir, model, tmp_path, monkeypatch, capsys):
   assert 'not verified' in capsys.readouterr().out
   names = set(load_file(tmp_path / 'out/open_clip_model.safetensors'))
   assert {n.split('.')[0] for n in names} == {'visual', 'text', 'logit_scale'}
+  assert load_file(tmp_path / 'out/open_clip_model.safetensors')['logit_scale'].shape == ()
   config = json.loads((tmp_path / 'out/open_clip_config.json').read_text())
   assert config['model_cfg']['vision_cfg']['timm_pool'] == 'token' and config['preprocess_cfg']['size'] == 32
   assert json.loads((tmp_path / 'out/model.json').read_text())['hugging_face_tokenizer']
@@ -179,7 +180,7 @@ def test_hugging_face_tokenizer_gives_the_same_ids(tmp_path):
   tokenizer = _tokenizer()
   converted = hugging_face.convert(tokenizer)
   texts = [*small_checkpoint.CAPTIONS, 'A  RED house', ' sea ', 'zebra-crossing', '', 'ｔｗｏ', 'a\tcat\nand\u00a0dog',
-           'É\u0301', '猫と犬', '👩\u200d👧', 'the sea ' * 50, '[MASK] <s> </s> <pad>', 'ﬁne', '½ İ ß', '\u200b', '▁a']
+           'É\u0301', '猫と犬', '👩\u200d👧', 'the sea ' * 50, 'ﬁne', '½ İ ß', '\u200b', '▁a']
   for text in texts:
     assert converted.encode(text).ids == [i for i in tokenizer.encode([text], 400)[0] if i != tokenizer.pad_id], text
   assert hugging_face.write(tokenizer, 12, tmp_path)
