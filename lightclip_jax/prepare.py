@@ -1,4 +1,4 @@
-"""Makes a data folder to train on: `python -m lightclip_jax.prepare KIND --out=DIR`."""
+"""Makes a data folder to train on, or adds to it: `python -m lightclip_jax.prepare KIND --out=DIR`."""
 import argparse
 import functools
 import pathlib
@@ -18,11 +18,28 @@ def _built_in(name: str, args: argparse.Namespace) -> None:
   made = manifest.load(args.out)
   if (made.name, made.image_size) != (name, args.size):
     raise UserError(f'{str(args.out)!r} holds {made.name!r} at {made.image_size} px; delete it or give another --out')
+  counts = (f'{name} {split.count:,}' for name, split in made.splits.items())
+  print(f'{args.out}: {made.name}, {made.image_size} px, {len(made.concepts):,} concepts;', ', '.join(counts))
 
 
 def _built_in_flags(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument('--out', type=pathlib.Path, required=True, metavar='DIR', help='a new folder')
   parser.add_argument('--size', type=_between(8, 1024), default=128, help='pixels of the square images (default 128)')
   parser.add_argument('--processes', type=_between(1, 1024), help='processes that draw (default: one a core)')
+
+
+def _teacher(args: argparse.Namespace) -> None:
+  from lightclip_jax.inference import teacher  # it imports JAX
+
+  entry, temperature = teacher.prepare(args.model, args.data)
+  print(f'{args.data}: embeddings of {entry.name!r}; train with --config.objective.distillation.weight=1 '
+        f'--config.objective.distillation.teacher_dim={entry.dim} '
+        f'--config.objective.distillation.temperature={temperature:.4f} (the teacher\'s own)')
+
+
+def _teacher_flags(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument('--model', type=pathlib.Path, required=True, metavar='DIR', help='a training run or an exported folder')
+  parser.add_argument('--data', type=pathlib.Path, required=True, metavar='DIR', help='the prepared folder to add to')
 
 
 def _between(low: int, high: int) -> Callable[[str], int]:
@@ -33,8 +50,9 @@ def _between(low: int, high: int) -> Callable[[str], int]:
   return number
 
 
-# kind -> (adds its flags, prepares args.out)
+# kind -> (adds its flags, prepares and says what there is)
 KINDS = {name: (_built_in_flags, functools.partial(_built_in, name)) for name in BUILT_IN}
+KINDS['teacher'] = _teacher_flags, _teacher
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -43,17 +61,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
   kinds = parser.add_subparsers(dest='kind', required=True, metavar='KIND', help=', '.join(KINDS))
   for kind, (add_flags, _) in KINDS.items():
     add_flags(flags := kinds.add_parser(kind, epilog=_EXAMPLE))
-    flags.add_argument('--out', type=pathlib.Path, required=True, metavar='DIR', help='a new folder')
     flags.add_argument('--debug', action='store_true', help='show the traceback of an error')
   return parser.parse_args(arguments)
 
 
 def main(args: argparse.Namespace) -> None:
-  """Prepares, then prints what there is."""
+  """Prepares, and prints what there is."""
   KINDS[args.kind][1](args)
-  made = manifest.load(args.out)
-  counts = (f'{name} {split.count:,}' for name, split in made.splits.items())
-  print(f'{args.out}: {made.name}, {made.image_size} px, {len(made.concepts):,} concepts;', ', '.join(counts))
 
 
 if __name__ == '__main__':

@@ -19,6 +19,14 @@ class Split:
 
 
 @dataclasses.dataclass(frozen=True)
+class Teacher:
+  """Whose embeddings of `train` lie beside the shards (data/teacher.py)."""
+  name: str
+  dim: int                     # of an embedding
+  sha256: str                  # of its files
+
+
+@dataclasses.dataclass(frozen=True)
 class Manifest:
   """Contents of a prepared folder; written last, so a folder that has one is complete."""
   name: str
@@ -31,6 +39,7 @@ class Manifest:
   packages: dict[str, str]     # source package -> version
   sha256: dict[str, str]       # file -> hash of its bytes
   format: int = FORMAT
+  teacher: Teacher | None = None
 
   def split(self, name: str) -> Split:
     """The named split, or a UserError that lists those there are."""
@@ -39,9 +48,11 @@ class Manifest:
     return self.splits[name]
 
   def save(self, folder: pathlib.Path) -> None:
-    """Writes `manifest.json` into `folder`."""
+    """Writes `manifest.json` into `folder`, over an older one at once."""
     text = json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False)
-    (folder / FILE_NAME).write_text(text + '\n', encoding='utf-8')
+    temporary = folder / f'.{FILE_NAME}.tmp'
+    temporary.write_text(text + '\n', encoding='utf-8')
+    temporary.replace(folder / FILE_NAME)
 
 
 def load(folder: str | storage.Path) -> Manifest:
@@ -70,4 +81,5 @@ def load(folder: str | storage.Path) -> Manifest:
 def _from_json(values: dict[str, Any]) -> Manifest:
   splits = {name: Split(tuple(s['shards']), s['count']) for name, s in values['splits'].items()}
   names = {key: tuple(values[key]) for key in ('concepts', 'groups')}
-  return Manifest(**{**values, **names, 'splits': splits})
+  teacher = Teacher(**values['teacher']) if values.get('teacher') else None
+  return Manifest(**{**values, **names, 'splits': splits, 'teacher': teacher})

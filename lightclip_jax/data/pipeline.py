@@ -23,6 +23,7 @@ from lightclip_jax import config as configs
 from lightclip_jax import storage
 from lightclip_jax.data import manifest, masking, processes, sources, tokenizers, transforms
 from lightclip_jax.data.records import Record
+from lightclip_jax.data.teacher import Teacher
 from lightclip_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -50,9 +51,9 @@ class _Example:
 
   def _text(self, record: Record, rng: np.random.Generator) -> Batch:
     first = rng.random() < self._options.first_caption
-    caption = record.captions[0 if first else rng.integers(len(record.captions))]
+    number = 0 if first else rng.integers(len(record.captions))
     tokenizer = self._tokenizer
-    tokens_W = tokenizer.encode([caption], self._context)[0]
+    tokens_W = tokenizer.encode([record.captions[number]], self._context)[0]
     word_mask_W = tokenizer.word_mask(tokens_W)
     masked_W, positions_K, labels_K, weights_K = masking.mask_words(
         tokens_W, word_mask_W, rng, fraction=self._options.mask_fraction, max_masked=self._options.max_masked,
@@ -61,6 +62,7 @@ class _Example:
         'tokens': tokens_W, 'word_mask': word_mask_W, 'masked_tokens': masked_W, 'masked_positions': positions_K,
         'masked_labels': labels_K, 'masked_weights': weights_K,
         'caption_id': np.int32(zlib.crc32(tokens_W.tobytes()) & 0x7fffffff),   # equal captions, equal ids
+        'caption_number': np.int32(number),   # among the record's own
     }
 
 
@@ -83,7 +85,8 @@ class _Share(grain.MapDataset):
 
 
 def train_dataset(folder: str | storage.Path, options: configs.Data, *, image_size: int, context: int, batch_size: int,
-                  seed: int, process_index: int = 0, process_count: int = 1, first_batch: int = 0) -> grain.IterDataset:
+                  seed: int, process_index: int = 0, process_count: int = 1, with_teacher: bool = False,
+                  first_batch: int = 0) -> grain.IterDataset:
   """The endless training batches of one host, from batch `first_batch` on, as a Grain dataset. See `train_batches`."""
   if batch_size < 1 or batch_size % process_count:
     raise UserError(f'train.batch_size is {batch_size}; it must be a multiple of the {process_count} hosts')
@@ -95,7 +98,8 @@ def train_dataset(folder: str | storage.Path, options: configs.Data, *, image_si
   positions = grain.MapDataset.range(len(source)).map_with_index(_position)
   order = positions.shuffle(int(np.random.SeedSequence(seed).generate_state(1)[0])).repeat()
   share = _Share(order, batch_size, process_index, process_count, first_batch)
-  batches = share.map(example).batch(batch_size // process_count)
+  examples = share.map(example).map(Teacher(folder)) if with_teacher else share.map(example)
+  batches = examples.batch(batch_size // process_count)
   workers = worker_count(options.workers)
   threads = 1 if workers else max(1, min(16, os.cpu_count() or 1))
   dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=options.prefetch))
@@ -135,7 +139,7 @@ class TrainBatches(Iterator[Batch]):
 
   def __init__(self, folder: str | storage.Path, options: configs.Data, arguments: Mapping[str, Any]):
     self._folder, self._options, self._arguments = folder, options, dict(arguments)
-    self._fingerprint = _fingerprint(folder)
+    self._fingerprint = _fingerprint(folder, self._arguments['with_teacher'])
     self._next_batch = 0
     self._running: list[grain.DatasetIterator] = []      # one, or none before the first batch and after `close`
     # At the end of the program too: Grain's iterators print tracebacks when they are torn down with the interpreter.
@@ -180,7 +184,7 @@ def _stop(running: list[grain.DatasetIterator]) -> None:
 
 
 def train_batches(folder: str | storage.Path, options: configs.Data, *, image_size: int, context: int, batch_size: int,
-                  seed: int, process_index: int = 0, process_count: int = 1) -> TrainBatches:
+                  seed: int, process_index: int = 0, process_count: int = 1, with_teacher: bool = False) -> TrainBatches:
   """Endless training batches of this host.
 
   Args:
@@ -192,18 +196,20 @@ def train_batches(folder: str | storage.Path, options: configs.Data, *, image_si
     seed: decides order, captions, crops and masks.
     process_index: this host.
     process_count: hosts.
+    with_teacher: whether to add the embeddings of the folder's teacher, of dimension E.
 
   Returns:
     An iterator of dicts: `image` uint8 [b, S, S, 3], `tokens` int32 [b, W], `word_mask` bool [b, W], `masked_tokens`
     int32 [b, W], `masked_positions` and `masked_labels` int32 [b, K], `masked_weights` float32 [b, K], `caption_id`
-    int32 [b] (equal for equal captions), `example_id` int64 [b] (the record's index in the split).
+    int32 [b] (equal for equal captions), `caption_number` int32 [b] (among the record's own), `example_id` int64 [b] (the
+    record's index in the split); with a teacher `teacher_image` and `teacher_text` float16 [b, E].
 
   Raises:
-    UserError: for a folder without training records, or a batch that the hosts cannot share.
+    UserError: for a folder without training records or teacher, or a batch that the hosts cannot share.
   """
   return TrainBatches(folder, options, dict(
       image_size=image_size, context=context, batch_size=batch_size, seed=seed, process_index=process_index,
-      process_count=process_count))
+      process_count=process_count, with_teacher=with_teacher))
 
 
 def evaluation_batches(folder: str | storage.Path, split: str, *, image_size: int, batch_size: int,
@@ -234,8 +240,9 @@ def evaluation_records(folder: str | storage.Path, split: str) -> list[Record]:
   return [source[index] for index in range(len(source))]
 
 
-def _fingerprint(folder: str | storage.Path) -> str:
-  """Short hash of the training shards and the tokenizer."""
+def _fingerprint(folder: str | storage.Path, with_teacher: bool) -> str:
+  """Short hash of the training shards and the tokenizer, and of the teacher's embeddings where these are read."""
   contents = manifest.load(folder)
-  files = [*contents.split('train').shards, contents.tokenizer]
-  return hashlib.sha256(json.dumps([contents.sha256[file] for file in files]).encode()).hexdigest()[:16]
+  hashes = [contents.sha256[file] for file in (*contents.split('train').shards, contents.tokenizer)]
+  hashes += [Teacher(folder).sha256] if with_teacher else []
+  return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16]

@@ -85,6 +85,58 @@ class SentencePieceTokenizer:
     return SentencePieceTokenizer, (self._model,)
 
 
+class HuggingFaceTokenizer:
+  """A `tokenizer.json` that puts a start and an end token around a text, as CLIP's BPE does; `mask_id` is -1 where it has
+  no [MASK]. Raises UserError for another file."""
+
+  def __init__(self, data: bytes):
+    import tokenizers as library  # here alone: SentencePiece does without
+    self._data = data
+    try:
+      self._tokenizer = library.Tokenizer.from_buffer(data)
+      empty = self._tokenizer.encode('').ids
+    except Exception as error:   # the library raises nothing more special
+      raise UserError(f'a file of {len(data)} bytes is not a Hugging Face tokenizer.json ({error})') from error
+    if len(empty) != 2:
+      raise UserError(f'the tokenizer gives an empty text {len(empty)} tokens; it must give two, start and end')
+    self._tokenizer.no_padding()
+    self._tokenizer.no_truncation()
+    self.vocab_size = self._tokenizer.get_vocab_size()
+    self.start_id, self.end_id = empty
+    number = lambda *names: next((i for i in map(self._tokenizer.token_to_id, names) if i is not None), -1)  # noqa: E731
+    self.pad_id, self.mask_id = max(0, number('<pad>', '[PAD]')), number('[MASK]', '<mask>')
+    self.special_ids = tuple(i for i in (self.pad_id, self.start_id, self.end_id, self.mask_id) if i >= 0)
+    self._is_word = ~np.isin(np.arange(self.vocab_size), self.special_ids)
+
+  def encode(self, texts: Sequence[str], context: int) -> np.ndarray:
+    """See `Tokenizer.encode`."""
+    tokens_NxW = np.full((len(texts), context), self.pad_id, np.int32)
+    for row_W, text in zip(tokens_NxW, texts, strict=True):
+      words = self._tokenizer.encode(text).ids
+      words = [*words[:context - 1], self.end_id] if len(words) > context else words
+      row_W[:len(words)] = words
+    return tokens_NxW
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """See `Tokenizer.decode`."""
+    return self._tokenizer.decode([int(i) for i in ids if int(i) not in self.special_ids])
+
+  def pieces(self, ids: Sequence[int]) -> list[str]:
+    """See `Tokenizer.pieces`."""
+    return [self._tokenizer.id_to_token(int(i)) for i in ids]
+
+  def word_mask(self, tokens: np.ndarray) -> np.ndarray:
+    """See `Tokenizer.word_mask`."""
+    return self._is_word[tokens]
+
+  def to_bytes(self) -> bytes:
+    """See `Tokenizer.to_bytes`."""
+    return self._data
+
+  def __reduce__(self):
+    return HuggingFaceTokenizer, (self._data,)
+
+
 def train(captions: Iterable[str], vocab_size: int) -> SentencePieceTokenizer:
   """A lower-casing unigram model: pad 0, unknown 1, start 2, end 3, [MASK] 4 (a control symbol: no text becomes it).
 
@@ -108,7 +160,8 @@ def train(captions: Iterable[str], vocab_size: int) -> SentencePieceTokenizer:
   return SentencePieceTokenizer(out.getvalue())
 
 
-KINDS: dict[str, Callable[[bytes], Tokenizer]] = {'.model': SentencePieceTokenizer}   # by file suffix
+KINDS: dict[str, Callable[[bytes], Tokenizer]] = {   # by file suffix
+    '.model': SentencePieceTokenizer, '.json': HuggingFaceTokenizer}
 
 
 def from_bytes(data: bytes, suffix: str = '.model') -> Tokenizer:

@@ -27,7 +27,7 @@ Log = list[dict[str, float]]
 
 # The charts: log name -> title. What a run did not log is left out.
 LOSSES = {'train/loss': 'Total', 'train/loss_contrastive': 'Contrastive', 'train/loss_token_matching': 'Token matching',
-          'train/loss_masked_lm': 'Masked words'}
+          'train/loss_masked_lm': 'Masked words', 'train/loss_distillation': 'Distillation'}
 VITALS = {'train/top1_image_to_text': 'In-batch top-1', 'train/logit_scale': 'Logit scale',
           'train/gradient_norm': 'Gradient norm', 'train/learning_rate': 'Learning rate',
           'train/examples_per_second': 'Examples per second', 'train/data_wait': 'Time spent waiting for data'}

@@ -27,7 +27,7 @@ def check_batch(config: config_lib.Config, shards: int) -> None:
     raise UserError(f'train.batch_size is {batch}; it must be a multiple of {parts} '
                     f'({shards} devices × accumulate {accumulate})')
   groups = {'model.batch_norm': _group(config.model.batch_norm)}
-  if config.objective.token_matching.weight != config_lib.constant(0.0):
+  if not config.objective.token_matching.weight.is_zero:
     groups['objective.token_matching.group_size'] = config.objective.token_matching.group_size
   for name, size in groups.items():
     share = batch // shards if name.startswith('objective') else batch // parts
@@ -59,6 +59,17 @@ def check_tokenizer(config: config_lib.Config, tokenizer: tokenizers.Tokenizer) 
   if tokenizer.end_id != text.end_id:
     raise UserError(f'model.text.end_id is {text.end_id}, but the tokenizer of {config.data.dataset!r} ends with '
                     f'{tokenizer.end_id}')
+
+
+def check_teacher(config: config_lib.Config, dim: int) -> None:
+  """The teacher's embeddings beside the data have the dimension that the step is compiled for.
+
+  Raises:
+    UserError: naming both.
+  """
+  if config.objective.distillation.teacher_dim != dim:
+    raise UserError(f'objective.distillation.teacher_dim is {config.objective.distillation.teacher_dim}, but the teacher of '
+                    f'{config.data.dataset!r} has embeddings of {dim}')
 
 
 def check_steps(config: config_lib.Config) -> None:

@@ -15,7 +15,7 @@ import jax
 
 from lightclip_jax import config as config_lib
 from lightclip_jax import distributed, sharding, storage
-from lightclip_jax.data import datasets, pipeline
+from lightclip_jax.data import datasets, pipeline, teacher
 from lightclip_jax.models import lightclip
 from lightclip_jax.training import checkpoint as checkpoint_lib
 from lightclip_jax.training import checks, evaluator, initialise, metrics, preemption
@@ -57,6 +57,9 @@ class Run:
       folder = datasets.resolve(config.data.dataset)
     self._tokenizer = pipeline.load_tokenizer(folder)
     checks.check_tokenizer(config, self._tokenizer)
+    distils = self._trainer.objective.needs_teacher
+    if distils:
+      checks.check_teacher(config, teacher.Teacher(folder).dim)
     if not workdir.exists():   # a run that continues needs these files no more
       initialise.check(config, self._abstract)
     checks.claim_workdir(workdir, config)
@@ -64,7 +67,7 @@ class Run:
     self._batches = pipeline.train_batches(
         folder, config.data, image_size=config.model.image.size, context=config.model.text.context,
         batch_size=config.train.batch_size, seed=config.train.seed, process_index=jax.process_index(),
-        process_count=jax.process_count())
+        process_count=jax.process_count(), with_teacher=distils)
     self._checkpointer = checkpoint_lib.Checkpointer(workdir, config.checkpoint)
     self._pending: dict[str, jax.Array] | None = None
 
