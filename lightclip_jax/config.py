@@ -181,8 +181,10 @@ class Checkpoint:
 class Evaluation:
   """When and how to evaluate during training; always once at the end."""
   every_steps: int = 1000
+  every_minutes: float = 0.0   # and whenever so much time has passed; 0: by steps alone
   batch_size: int = 256        # global; the last batch is padded
   splits: tuple[str, ...] = ('heldout_images', 'heldout_style', 'heldout_concepts')
+  tasks: tuple[str, ...] = ()  # more tasks by name (docs/EVALUATION.md), such as 'linear_probe:digits'
 
 
 @dataclasses.dataclass(frozen=True)
