@@ -175,6 +175,8 @@ class Checkpoint:
   every_steps: int = 1000
   every_minutes: float = 15.0
   keep: int = 3
+  best: str = ''               # a metric such as 'eval/heldout_style/concept_top1': its best checkpoint is kept as well
+  best_mode: Literal['max', 'min'] = 'max'
 
 
 @dataclasses.dataclass(frozen=True)

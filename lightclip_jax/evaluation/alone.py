@@ -17,15 +17,16 @@ from lightclip_jax.inference import checkpoint
 from lightclip_jax.models import lightclip
 
 
-def evaluate(path: pathlib.Path, chosen: Mapping[str, tasks.Task], out: str, *, csv: str | None = None,
-             data: str | None = None, templates: prompts.Choice = prompts.OWN, batch_size: int | None = None,
-             debug: bool = False) -> list[str]:
+def evaluate(path: pathlib.Path, chosen: Mapping[str, tasks.Task], out: str, *, step: str = 'last',
+             csv: str | None = None, data: str | None = None, templates: prompts.Choice = prompts.OWN,
+             batch_size: int | None = None, debug: bool = False) -> list[str]:
   """Runs the tasks (none: those of the config), prints the table, one line for each that failed, and writes the files.
 
   Args:
     path: a workdir, or its folder of checkpoints.
     chosen: tasks by name.
     out: the JSON file.
+    step: 'last', 'best' or a number.
     csv: a CSV file to append to.
     data: a prepared folder or a built-in name instead of the config's.
     templates: prompts instead of the tasks' own.
@@ -38,7 +39,9 @@ def evaluate(path: pathlib.Path, chosen: Mapping[str, tasks.Task], out: str, *, 
   Raises:
     UserError: if there is no such checkpoint, or its parts do not belong together.
   """
-  loaded = checkpoint.load(path)
+  if step not in ('last', 'best') and not step.isdecimal():
+    raise UserError(f"step is {step!r}; it can be 'last', 'best' or the number of a checkpoint")
+  loaded = checkpoint.load(path, {'last': None, 'best': checkpoint.BEST}.get(step) if not step.isdecimal() else int(step))
   config = loaded.config
   if loaded.tokenizer.vocab_size != config.model.text.vocab_size:
     raise UserError(f'the tokenizer in {str(path)!r} has {loaded.tokenizer.vocab_size} pieces; '

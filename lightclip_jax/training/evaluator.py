@@ -7,7 +7,7 @@ import jax
 from lightclip_jax import config as config_lib
 from lightclip_jax import distributed, sharding
 from lightclip_jax.data.tokenizers import Tokenizer
-from lightclip_jax.evaluation import evaluate, gallery, matching, metrics, report, results, tasks
+from lightclip_jax.evaluation import evaluate, gallery, insight, matching, metrics, report, results, tasks
 from lightclip_jax.evaluation.embed import Embedder
 from lightclip_jax.evaluation.session import Session
 from lightclip_jax.models.lightclip import LightCLIP
@@ -22,24 +22,30 @@ class Evaluator:
                workdir: pathlib.Path) -> None:
     self._config, self._folder, self._tokenizer = config, folder, tokenizer
     self._mesh, self._workdir = mesh, workdir
-    self._model = LightCLIP(config.model)
+    self._model, self._final = LightCLIP(config.model), None
     self._tasks = evaluate.of_splits(config.evaluation.splits) | tasks.choose(config.evaluation.tasks)
 
-  def evaluate(self, variables: dict[str, Any]) -> dict[str, float]:
-    """Every metric by name, for the log."""
-    return metrics.scalars(self._measure(self._session(variables)))
+  def evaluate(self, step: int, variables: dict[str, Any]) -> dict[str, float]:
+    """Every metric by name, for the log and for checkpoints."""
+    session = self._session(variables)
+    found = self._measure(session)
+    self._final = (session, found) if step == self._config.train.steps else None   # else it would hold old variables
+    return metrics.scalars(found)
 
   def finish(self, step: int, variables: dict[str, Any]) -> dict[str, float]:
     """The same, with the table on the console, `results.json` and the report in the workdir."""
-    session = self._session(variables)
-    found = self._measure(session)
+    if self._final is None:
+      self.evaluate(step, variables)
+    session, found = self._final
     distributed.say(metrics.format_table(found))
     split = SHOWN if SHOWN in self._config.evaluation.splits else self._config.evaluation.splits[0]
     pictures = gallery.make_gallery(session, split)   # in every process: the devices of all of them embed
     matchings = matching.make_matchings(session, split)
+    looked = insight.look(session, split, [name for name in self._config.evaluation.splits if name != split])
     if jax.process_index() == 0:
       results.write_json(self._workdir / 'results.json', found, step=step)
-      print(f'report: {report.write_report(self._workdir, found, pictures, matchings, self._config)}', flush=True)
+      page = report.write_report(self._workdir, found, pictures, matchings, self._config, looked)
+      print(f'report: {page}', flush=True)
     return metrics.scalars(found)
 
   def _session(self, variables: dict[str, Any]) -> Session:

@@ -68,6 +68,8 @@ class Run:
         process_count=jax.process_count())
     self._checkpointer = checkpoint_lib.Checkpointer(workdir, config.checkpoint)
     self._pending: dict[str, jax.Array] | None = None
+    self._scores: dict[str, float] | None = None   # of the state as it is now
+    self._last_evaluation = time.monotonic()
 
   def start(self) -> None:
     """Restores or initialises the state, and opens the logs behind it."""
@@ -98,11 +100,14 @@ class Run:
       self._one_step()
       if self.step == first + 2:   # the first step may still pay for start-up
         self._warn_if_slow((time.perf_counter() - start) * (total - self.step))
-      if self.step % self.config.evaluation.every_steps == 0 and self.step < total:
+      stop, late, evaluate = distributed.agree(
+          self.step, self._stop.requested, self._checkpointer.late, self._evaluation_is_late)
+      if (evaluate or self.step % self.config.evaluation.every_steps == 0) and self.step < total:
         self._evaluate()
-      stop, late = distributed.agree(self.step, self._stop.requested, self._checkpointer.late)
-      if late or self._checkpointer.due(self.step):
+      if late or self._checkpointer.due(self.step) or self._scored:
         self._save()
+    if self.step == total and self.config.checkpoint.best:
+      self._scores = self._evaluator.evaluate(self.step, self.state.evaluation_variables)
     self._save()
     self._checkpointer.wait()
     return self.step >= total
@@ -152,7 +157,7 @@ class Run:
     self.state, fresh = self._compiled_step(self.state, put_batch(arrays, self._mesh))
     self._settle()
     self.step += 1
-    self._pending = fresh
+    self._pending, self._scores = fresh, None
     self._clock.stepped()
 
   def _settle(self) -> None:
@@ -166,10 +171,22 @@ class Run:
       self._writer.write(self.step, values)
       distributed.say(metrics.console_line(self.step, self.config.train.steps, values))
 
+  @property
+  def _evaluation_is_late(self) -> bool:
+    minutes = self.config.evaluation.every_minutes
+    return bool(minutes and time.monotonic() - self._last_evaluation >= 60 * minutes)
+
+  @property
+  def _scored(self) -> bool:
+    """Whether this step was evaluated and that decides which checkpoint is best: then it must be one."""
+    return bool(self.config.checkpoint.best) and self._scores is not None
+
   def _evaluate(self) -> None:
     self._settle()
     with self._outside_training():
-      self._writer.write(self.step, self._evaluator.evaluate(self.state.evaluation_variables))
+      self._scores = self._evaluator.evaluate(self.step, self.state.evaluation_variables)
+      self._writer.write(self.step, self._scores)
+    self._last_evaluation = time.monotonic()
 
   def _save(self) -> None:
     self._settle()
@@ -177,7 +194,7 @@ class Run:
       self._checkpointer.save(self.step, self.state, checkpoint_lib.RunState(
           iterator=self._batches.state(), meter=self._meter.state(), config=dataclasses.asdict(self.config),
           preprocessing=lightclip.preprocessing(self.config.model),
-          tokenizer=base64.b64encode(self._tokenizer.to_bytes()).decode()))
+          tokenizer=base64.b64encode(self._tokenizer.to_bytes()).decode()), self._scores)
 
   @contextlib.contextmanager
   def _outside_training(self) -> Iterator[None]:

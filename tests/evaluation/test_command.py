@@ -47,7 +47,7 @@ def session(folder, loaded):
 
 
 def test_the_command_writes_what_the_function_measures(folder, loaded, session, monkeypatch, tmp_path, capsys):
-  monkeypatch.setattr(checkpoint, 'load', lambda path: loaded)
+  monkeypatch.setattr(checkpoint, 'load', lambda path, step: loaded)
   out = tmp_path / 'results.json'
   evaluate.main(evaluate.parse(['--checkpoint=run', '--task=heldout_style', f'--out={out}']))
   read = json.loads(out.read_text())
