@@ -1,5 +1,6 @@
 """Evaluation of a checkpoint on disk, outside a run."""
 import dataclasses
+import functools
 import json
 import pathlib
 import sys
@@ -8,6 +9,7 @@ from collections.abc import Mapping
 import jax
 
 from lightclip_jax import distributed
+from lightclip_jax.data import datasets
 from lightclip_jax.errors import UserError
 from lightclip_jax.evaluation import evaluate as evaluation
 from lightclip_jax.evaluation import metrics, prompts, results, tasks
@@ -48,8 +50,8 @@ def evaluate(path: pathlib.Path, chosen: Mapping[str, tasks.Task], out: str, *, 
                     f"its model's vocabulary has {config.model.text.vocab_size}")
   embedder = Embedder(lightclip.LightCLIP(config.model), config.model, loaded.variables, loaded.tokenizer,
                       batch_size=batch_size or config.evaluation.batch_size)
-  session = Session(embedder, data or config.data.dataset, templates=templates,
-                    token_matching=config.objective.token_matching)
+  folder = functools.partial(datasets.resolve, data or config.data.dataset)
+  session = Session(embedder, folder, templates=templates, token_matching=config.objective.token_matching)
   chosen = chosen or evaluation.of_splits(config.evaluation.splits) | tasks.choose(config.evaluation.tasks)
   found = evaluation.run_each(session, chosen, debug)
   about = json.loads(json.dumps(dataclasses.asdict(config)))

@@ -68,8 +68,11 @@ def run_each(session: Session, chosen: Mapping[str, tasks.Task], debug: bool = F
   return results
 
 
-def _named(task: str, metrics: Sequence[Metric]) -> tuple[Metric, ...]:
-  """With full names. A folder or file that the task reads is named by its last part, since "/" parts the names."""
+def short(task: str) -> str:
+  """The task's name as it stands in metrics. A folder or file is named by its last part, since "/" parts the names."""
   kind, colon, argument = task.partition(':')
-  short = f'{kind}{colon}{pathlib.PurePath(argument).stem if argument else ""}'
-  return tuple(dataclasses.replace(metric, name=f'eval/{short}/{metric.name}') for metric in metrics)
+  return f'{kind}{colon}{pathlib.PurePath(argument).stem if argument else ""}'
+
+
+def _named(task: str, metrics: Sequence[Metric]) -> tuple[Metric, ...]:
+  return tuple(dataclasses.replace(metric, name=f'eval/{short(task)}/{metric.name}') for metric in metrics)

@@ -6,19 +6,21 @@ import functools
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
 from lightclip_jax import config as config_lib
-from lightclip_jax.data import datasets, manifest, pipeline, transforms
+from lightclip_jax.data import manifest, pipeline, transforms
 from lightclip_jax.data.records import Record
 from lightclip_jax.evaluation import prompts
 from lightclip_jax.evaluation.embed import Embedder
 from lightclip_jax.evaluation.image_sets.image_set import Part
 from lightclip_jax.inference.class_names import class_embeddings
+
+Folder = str | pathlib.Path | Callable[[], pathlib.Path]
 
 
 class Session:
@@ -30,12 +32,12 @@ class Session:
     records: split -> the folder's records in order.
   """
 
-  def __init__(self, embedder: Embedder, folder: str | pathlib.Path, *, templates: prompts.Choice = prompts.OWN,
+  def __init__(self, embedder: Embedder, folder: Folder, *, templates: prompts.Choice = prompts.OWN,
                token_matching: config_lib.TokenMatching = config_lib.TokenMatching()):  # noqa: B008 (frozen)
     """
     Args:
       embedder: the model.
-      folder: a prepared one, or the name of a built-in data set; it is looked for when a task first needs it.
+      folder: a prepared one, or what finds it when a task first needs it (many tasks need none).
       templates: the user's templates instead of the tasks' own.
       token_matching: how patches and words are matched.
     """
@@ -47,8 +49,8 @@ class Session:
 
   @functools.cached_property
   def folder(self) -> pathlib.Path:
-    """The prepared folder; made now if it is a built-in one that is not there. Raises UserError if it is none."""
-    return datasets.resolve(str(self._folder))
+    """The prepared folder. Raises UserError if there is none."""
+    return pathlib.Path(self._folder() if callable(self._folder) else self._folder)
 
   @functools.cached_property
   def manifest(self) -> manifest.Manifest:

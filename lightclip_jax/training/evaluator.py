@@ -7,12 +7,26 @@ import jax
 from lightclip_jax import config as config_lib
 from lightclip_jax import distributed, sharding
 from lightclip_jax.data.tokenizers import Tokenizer
+from lightclip_jax.errors import UserError
 from lightclip_jax.evaluation import evaluate, gallery, insight, matching, metrics, report, results, tasks
 from lightclip_jax.evaluation.embed import Embedder
 from lightclip_jax.evaluation.session import Session
 from lightclip_jax.models.lightclip import LightCLIP
 
 SHOWN = 'heldout_style'  # the split that the report's gallery is drawn from, where there is one
+
+
+def tasks_of(config: config_lib.Config) -> dict[str, tasks.Task]:
+  """What is evaluated, by name.
+
+  Raises:
+    UserError: for an unknown task, or a `checkpoint.best` that none of them measures.
+  """
+  chosen, best = evaluate.of_splits(config.evaluation.splits) | tasks.choose(config.evaluation.tasks), config.checkpoint.best
+  if best and not best.startswith(tuple(f'eval/{evaluate.short(name)}/' for name in chosen)):
+    raise UserError(f'checkpoint.best is {best!r}; it must be eval/TASK/METRIC of a task that is evaluated: '
+                    f'{", ".join(map(evaluate.short, chosen))}')
+  return chosen
 
 
 class Evaluator:
@@ -23,7 +37,7 @@ class Evaluator:
     self._config, self._folder, self._tokenizer = config, folder, tokenizer
     self._mesh, self._workdir = mesh, workdir
     self._model, self._final = LightCLIP(config.model), None
-    self._tasks = evaluate.of_splits(config.evaluation.splits) | tasks.choose(config.evaluation.tasks)
+    self._tasks = tasks_of(config)
 
   def evaluate(self, step: int, variables: dict[str, Any]) -> dict[str, float]:
     """Every metric by name, for the log and for checkpoints."""

@@ -49,8 +49,11 @@ class Run:
 
   def __init__(self, config: config_lib.Config, workdir: pathlib.Path, stop: preemption.Preemption) -> None:
     self.config, self.workdir, self.step, self._stop = config, workdir, 0, stop
+    self._scores: dict[str, float] | None = None   # of the state as it is now
+    self._last_evaluation = time.monotonic()
     self._mesh = sharding.make_mesh(config.mesh)
     checks.check_steps(config)
+    evaluator.tasks_of(config)
     checks.check_batch(config, sharding.batch_shards(self._mesh))
     self._trainer = Trainer.create(config, self._mesh)
     self._abstract = self._trainer.abstract_state()
@@ -68,8 +71,6 @@ class Run:
         process_count=jax.process_count())
     self._checkpointer = checkpoint_lib.Checkpointer(workdir, config.checkpoint)
     self._pending: dict[str, jax.Array] | None = None
-    self._scores: dict[str, float] | None = None   # of the state as it is now
-    self._last_evaluation = time.monotonic()
 
   def start(self) -> None:
     """Restores or initialises the state, and opens the logs behind it."""
@@ -154,10 +155,11 @@ class Run:
     start = time.perf_counter()
     arrays = next(self._batches)
     self._clock.waited(time.perf_counter() - start)
+    self._scores = None
     self.state, fresh = self._compiled_step(self.state, put_batch(arrays, self._mesh))
     self._settle()
     self.step += 1
-    self._pending, self._scores = fresh, None
+    self._pending = fresh
     self._clock.stepped()
 
   def _settle(self) -> None:
@@ -191,10 +193,10 @@ class Run:
   def _save(self) -> None:
     self._settle()
     with self._outside_training():
-      self._checkpointer.save(self.step, self.state, checkpoint_lib.RunState(
+      self._checkpointer.save(self.step, self.state, metrics=self._scores, run=checkpoint_lib.RunState(
           iterator=self._batches.state(), meter=self._meter.state(), config=dataclasses.asdict(self.config),
           preprocessing=lightclip.preprocessing(self.config.model),
-          tokenizer=base64.b64encode(self._tokenizer.to_bytes()).decode()), self._scores)
+          tokenizer=base64.b64encode(self._tokenizer.to_bytes()).decode()))
 
   @contextlib.contextmanager
   def _outside_training(self) -> Iterator[None]:

@@ -5,7 +5,7 @@ import pytest
 from lightclip_jax import config as config_lib
 from lightclip_jax.errors import UserError
 from lightclip_jax.inference import checkpoint as inference
-from lightclip_jax.training import checkpoint
+from lightclip_jax.training import checkpoint, evaluator
 from lightclip_jax.training.state import TrainState
 
 NAME = 'eval/x/top1'
@@ -52,6 +52,15 @@ def test_without_scores_there_is_no_best(tmp_path):
     inference.step_of(tmp_path, 'best')
   with pytest.raises(UserError, match=r'no checkpoint of step 1; it has \[2, 3\]'):
     inference.step_of(tmp_path, 1)
+
+
+@pytest.mark.parametrize('changes, words', [
+  (dict(checkpoint=dict(best='eval/heldout_stile/x')), "'eval/heldout_stile/x'; it must be .*heldout_images, heldout_style"),
+  (dict(evaluation=dict(tasks=('knn:digit',))), "unknown image set 'digit'"),
+])
+def test_a_run_says_at_its_start_what_it_cannot_measure(changes, words):
+  with pytest.raises(UserError, match=words):
+    evaluator.tasks_of(config_lib.replace(config_lib.Config(), **changes))
 
 
 def test_a_metric_that_is_not_measured_is_named(tmp_path):
