@@ -16,10 +16,11 @@ from lightclip_jax.errors import UserError
 from lightclip_jax.evaluation import evaluate, gallery, matching, metrics, results, tasks
 from lightclip_jax.evaluation.embed import Embedder
 from lightclip_jax.evaluation.session import Session
-from lightclip_jax.evaluation.tasks import prepared
+from lightclip_jax.evaluation.tasks import pointing, prepared
 
 SPLITS = ('heldout_images', 'heldout_style', 'heldout_concepts')
-MODEL = config.replace(config.Model(), image=dict(size=16), text=dict(context=8))
+MODEL = config.replace(config.Model(), image=dict(size=16), text=dict(context=32))
+MORE = ('pointing', 'knn:groups', 'few_shot:digits')
 
 
 @pytest.fixture(scope='module')
@@ -102,20 +103,27 @@ class Colours(nn.Module):
   def encode_image(self, images):
     return self.scale * images.astype(jnp.float32).mean(axis=(1, 2)) / 255
 
+  def encode_tokens(self, images, tokens):
+    """Four patches, and words that are colours of no meaning."""
+    patches = images.astype(jnp.float32).reshape(len(images), 2, 8, 2, 8, 3).mean(axis=(2, 4)).reshape(len(images), 4, 3)
+    words = jnp.stack([jnp.cos(k * tokens.astype(jnp.float32)) for k in (1, 2, 3)], axis=-1)
+    return self.scale * patches / 255, words
+
   def encode_text(self, tokens):
     return self.scale * jnp.stack([jnp.cos(k * tokens.sum(axis=1).astype(jnp.float32)) for k in (1, 2, 3)], axis=-1)
 
 
-def test_one_and_eight_devices_give_the_same_metrics(folder):
+def test_one_and_eight_devices_give_the_same_metrics(folder, monkeypatch):
+  monkeypatch.setattr(pointing, 'SCENES', 30)
   found = []
   for devices, batch_size in ((1, 7), (8, 7), (8, 64)):
     sharding = NamedSharding(Mesh(np.asarray(jax.devices()[:devices]), ('data',)), PartitionSpec('data'))
     variables = jax.device_put({'params': {'scale': 1.0}}, NamedSharding(sharding.mesh, PartitionSpec()))
     embedder = Embedder(Colours(), MODEL, variables, pipeline.load_tokenizer(folder), sharding=sharding,
                         batch_size=batch_size)
-    found.append(evaluate.evaluate_all(embedder, folder, SPLITS))
+    found.append(evaluate.run(Session(embedder, folder), evaluate.of_splits(SPLITS) | tasks.choose(MORE)))
   assert found[0] == found[1] == found[2]
-  assert len(found[0]) == 3 * 11
+  assert len(found[0]) == 3 * 11 + 2 + 2 + 3
 
 
 def test_gallery_mixes_right_and_wrong_and_is_deterministic(folder):
