@@ -49,7 +49,8 @@ class Embedder:
                       f'it must be a positive multiple of the {jax.process_count()} processes')
     if sharding is None:
       sharding = NamedSharding(Mesh(np.asarray(jax.devices()), ('data',)), PartitionSpec('data'))
-      variables = jax.device_put(variables, NamedSharding(sharding.mesh, PartitionSpec()))
+      # From the host: what lies on a device of one process cannot be spread over those of others.
+      variables = jax.device_put(jax.device_get(variables), NamedSharding(sharding.mesh, PartitionSpec()))
     self.model, self.variables, self.tokenizer = model, variables, tokenizer
     self.image_size, self.context = config.image.size, config.text.context
     self.sharding, self.batch_size = sharding, batch_size

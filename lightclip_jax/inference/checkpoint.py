@@ -109,7 +109,7 @@ def _restore(manager: ocp.CheckpointManager, step: int) -> Loaded:
 def _abstract(config: config_lib.Config) -> dict[str, Any]:
   """Shapes of the part of the state that inference reads, on one device whatever mesh wrote it."""
   shapes = jax.eval_shape(lambda rng: lightclip.init_variables(config.model, rng), jax.random.key(0))
-  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   place = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)  # noqa: E731
   wanted = {'ema' if config.optimizer.ema_decay else 'params': shapes['params']}
   if shapes.get('batch_stats'):

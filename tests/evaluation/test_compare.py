@@ -66,7 +66,8 @@ def test_the_page_marks_the_best_and_all_that_it_cannot_be_told_from(tmp_path, c
   assert line.split()[2:] == ['25.0', '%', '*', '27.0', '%', '*', '10.0', '%', '5.0', '%']
   page = Page(out.read_text())
   assert not page.open and page.count('td', **{'class': 'best'}) == 2
-  assert page.count('polyline') == 2 and '12.5' in page.text   # a curve for each run that logged
+  charts = page.count('figure', **{'class': 'card chart'})
+  assert charts >= 1 and page.count('polyline') == 2 * charts and '12.5' in page.text   # a curve for each run that logged
 
 
 def test_names_are_escaped_and_a_missing_value_is_a_dash(tmp_path):

@@ -61,7 +61,7 @@ def load(name: str) -> ImageSet:
     raise UserError(f'{name} needs the package tensorflow-datasets: pip install tensorflow-datasets') from error
   source = SETS[name]
   try:
-    builder = tfds.builder(source.builder, try_gcs=False)
+    builder = tfds.builder(source.builder, file_format='array_record', try_gcs=False)
     encoded = {'image': tfds.decode.SkipDecoding()}   # labels are read without decoding the images
     read = {split: builder.as_data_source(split, decoders=encoded)
             for split in (source.test, source.train, source.validation) if split}
