@@ -17,7 +17,7 @@ from lightclip_jax.data import manifest, pipeline, transforms
 from lightclip_jax.data.records import Record
 from lightclip_jax.evaluation import prompts
 from lightclip_jax.evaluation.embed import Embedder
-from lightclip_jax.evaluation.image_sets.image_set import Part
+from lightclip_jax.evaluation.labelled import Part
 from lightclip_jax.inference.class_names import class_embeddings
 
 Folder = str | pathlib.Path | Callable[[], pathlib.Path]

@@ -9,8 +9,8 @@ from sklearn import datasets, neighbors
 
 from lightclip_jax.data.datasets import shapes
 from lightclip_jax.errors import UserError
-from lightclip_jax.evaluation import evaluate, image_sets, metrics, prompts, tasks
-from lightclip_jax.evaluation.image_sets import class_names, folder, image_set, tfds_sets
+from lightclip_jax.evaluation import evaluate, image_sets, labelled, metrics, prompts, tasks
+from lightclip_jax.evaluation.image_sets import class_names, folder, tfds_sets
 from lightclip_jax.evaluation.session import Session
 from lightclip_jax.evaluation.tasks import training_part
 
@@ -140,9 +140,9 @@ def test_whole_tables_fit_their_sets():
   (lambda p: prompts.choose(f'{p}/none.json'), 'cannot read the prompts'),
   (lambda p: prompts.choose(str(file(p, '["a photo"]'))), 'texts with {} once each'),
   (lambda p: tasks.find(f'retrieval:{file(p, "{}")}')(None), "not one of Karpathy's"),
-  (lambda p: image_set.check(labelled(('a', 'b'), 0)), "class 'b' of 'x' has no test image"),
-  (lambda p: image_set.check(labelled(('a',), 1)), 'label outside 0 to 0'),
-  (lambda p: training_part.needs_training(labelled(('a',), 0)), "'x' has no training images"),
+  (lambda p: labelled.check(images_of(('a', 'b'), 0)), "class 'b' of 'x' has no test image"),
+  (lambda p: labelled.check(images_of(('a',), 1)), 'label outside 0 to 0'),
+  (lambda p: training_part.needs_training(images_of(('a',), 0)), "'x' has no training images"),
 ])
 def test_errors(tmp_path, call, words):
   with pytest.raises(UserError, match=words) as caught:
@@ -150,8 +150,8 @@ def test_errors(tmp_path, call, words):
   assert '\n' not in str(caught.value)
 
 
-def labelled(classes, *labels):
-  return image_set.ImageSet('x', classes, image_set.Part('t', None, np.array(labels)))
+def images_of(classes, *labels):
+  return labelled.ImageSet('x', classes, labelled.Part('t', None, np.array(labels)))
 
 
 def file(folder, text):

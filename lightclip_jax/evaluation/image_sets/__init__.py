@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from lightclip_jax.errors import UserError
 from lightclip_jax.evaluation.image_sets import digits, folder, heldout, tfds_sets
-from lightclip_jax.evaluation.image_sets.image_set import ImageSet, check
+from lightclip_jax.evaluation.labelled import ImageSet, check
 from lightclip_jax.evaluation.session import Session
 
 Load = Callable[[Session], ImageSet]

@@ -2,7 +2,7 @@
 import numpy as np
 
 from lightclip_jax.errors import UserError
-from lightclip_jax.evaluation.image_sets.image_set import ImageSet, Part
+from lightclip_jax.evaluation.labelled import ImageSet, Part
 
 
 def load() -> ImageSet:

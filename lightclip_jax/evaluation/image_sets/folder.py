@@ -6,7 +6,7 @@ import numpy as np
 
 from lightclip_jax.data import transforms
 from lightclip_jax.errors import UserError
-from lightclip_jax.evaluation.image_sets.image_set import ImageSet, Part
+from lightclip_jax.evaluation.labelled import ImageSet, Part
 
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff')
 TRAIN, VALIDATION, TEST = 'train', ('val', 'validation'), 'test'

@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from lightclip_jax.evaluation.image_sets.image_set import ImageSet, Part
+from lightclip_jax.evaluation.labelled import ImageSet, Part
 from lightclip_jax.evaluation.session import Session
 
 TEST, OTHER_STYLES = 'heldout_style', ('train', 'heldout_images', 'heldout_concepts')

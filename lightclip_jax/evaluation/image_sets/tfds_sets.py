@@ -14,7 +14,7 @@ import numpy as np
 from lightclip_jax.data import transforms
 from lightclip_jax.errors import UserError
 from lightclip_jax.evaluation.image_sets import class_names
-from lightclip_jax.evaluation.image_sets.image_set import ImageSet, Part
+from lightclip_jax.evaluation.labelled import ImageSet, Part
 
 
 @dataclasses.dataclass(frozen=True)

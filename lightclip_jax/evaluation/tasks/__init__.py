@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from lightclip_jax.errors import UserError
 from lightclip_jax.evaluation import image_sets
-from lightclip_jax.evaluation.image_sets.image_set import ImageSet
+from lightclip_jax.evaluation.labelled import ImageSet
 from lightclip_jax.evaluation.metrics import Metric
 from lightclip_jax.evaluation.session import Session
 from lightclip_jax.evaluation.tasks import few_shot, karpathy, knn, linear_probe, pointing, prepared, within_group, zero_shot

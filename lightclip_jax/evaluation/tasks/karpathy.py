@@ -9,7 +9,7 @@ import numpy as np
 from lightclip_jax.data import transforms
 from lightclip_jax.errors import UserError
 from lightclip_jax.evaluation import retrieval
-from lightclip_jax.evaluation.image_sets.image_set import Part
+from lightclip_jax.evaluation.labelled import Part
 from lightclip_jax.evaluation.metrics import Metric
 from lightclip_jax.evaluation.session import Session
 

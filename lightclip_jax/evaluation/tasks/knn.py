@@ -2,7 +2,7 @@
 import numpy as np
 
 from lightclip_jax.evaluation import probes
-from lightclip_jax.evaluation.image_sets.image_set import ImageSet
+from lightclip_jax.evaluation.labelled import ImageSet
 from lightclip_jax.evaluation.metrics import Metric
 from lightclip_jax.evaluation.session import Session
 from lightclip_jax.evaluation.tasks.training_part import needs_training

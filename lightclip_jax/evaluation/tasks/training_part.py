@@ -1,6 +1,6 @@
 """What probes learn from."""
 from lightclip_jax.errors import UserError
-from lightclip_jax.evaluation.image_sets.image_set import ImageSet, Part
+from lightclip_jax.evaluation.labelled import ImageSet, Part
 
 
 def needs_training(images: ImageSet) -> tuple[Part, ...]:
