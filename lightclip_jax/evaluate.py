@@ -1,9 +1,8 @@
 """Evaluates a checkpoint: python -m lightclip_jax.evaluate --checkpoint=DIR [--task=NAME ...] --out=FILE.json"""
 import argparse
-import pathlib
 import sys
 
-from lightclip_jax import cli
+from lightclip_jax import cli, storage
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -31,7 +30,7 @@ def main(args: argparse.Namespace) -> None:
 
   for name in args.task:
     tasks.find(name)                     # a wrong name must not wait for the checkpoint to load
-  loaded = checkpoint.load(pathlib.Path(args.checkpoint))
+  loaded = checkpoint.load(storage.path(args.checkpoint))
   config = loaded.config
   embedder = Embedder(LightCLIP(config.model), config.model, loaded.variables, loaded.tokenizer,
                       batch_size=args.batch_size or config.evaluation.batch_size)

@@ -4,6 +4,7 @@ import json
 import pathlib
 from typing import Any
 
+from lightclip_jax import storage
 from lightclip_jax.errors import UserError
 
 FILE_NAME = 'manifest.json'
@@ -54,13 +55,13 @@ class Manifest:
     temporary.replace(folder / FILE_NAME)
 
 
-def load(folder: str | pathlib.Path) -> Manifest:
+def load(folder: str | storage.Path) -> Manifest:
   """The manifest of a prepared folder.
 
   Raises:
     UserError: if the folder is missing, empty, not made by `lightclip_jax.prepare`, or of another format version.
   """
-  folder = pathlib.Path(folder)
+  folder = storage.path(folder)
   file = folder / FILE_NAME
   if not file.is_file():
     what = ('is not a folder' if not folder.is_dir() else

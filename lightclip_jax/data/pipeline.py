@@ -10,7 +10,6 @@ import functools
 import hashlib
 import json
 import os
-import pathlib
 import weakref
 import zlib
 from collections.abc import Iterator, Mapping
@@ -21,6 +20,7 @@ import numpy as np
 from absl import flags
 
 from lightclip_jax import config as configs
+from lightclip_jax import storage
 from lightclip_jax.data import manifest, masking, processes, sources, tokenizers, transforms
 from lightclip_jax.data.records import Record
 from lightclip_jax.data.teacher import Teacher
@@ -84,7 +84,7 @@ class _Share(grain.MapDataset):
     return self._parent[self._offset + batch * self._batch_size + within]
 
 
-def train_dataset(folder: str | pathlib.Path, options: configs.Data, *, image_size: int, context: int, batch_size: int,
+def train_dataset(folder: str | storage.Path, options: configs.Data, *, image_size: int, context: int, batch_size: int,
                   seed: int, process_index: int = 0, process_count: int = 1, with_teacher: bool = False,
                   first_batch: int = 0) -> grain.IterDataset:
   """The endless training batches of one host, from batch `first_batch` on, as a Grain dataset. See `train_batches`."""
@@ -129,15 +129,15 @@ def worker_count(workers: int) -> int:
   return workers if workers >= 0 else 0 if cores <= 4 else min(16, cores - 1)
 
 
-def load_tokenizer(folder: str | pathlib.Path) -> tokenizers.Tokenizer:
+def load_tokenizer(folder: str | storage.Path) -> tokenizers.Tokenizer:
   """The tokenizer that lies in a prepared folder."""
-  return tokenizers.load(pathlib.Path(folder) / manifest.load(folder).tokenizer)
+  return tokenizers.load(storage.path(folder) / manifest.load(folder).tokenizer)
 
 
 class TrainBatches(Iterator[Batch]):
   """Endless batches whose place is one number; made by `train_batches`."""
 
-  def __init__(self, folder: str | pathlib.Path, options: configs.Data, arguments: Mapping[str, Any]):
+  def __init__(self, folder: str | storage.Path, options: configs.Data, arguments: Mapping[str, Any]):
     self._folder, self._options, self._arguments = folder, options, dict(arguments)
     self._fingerprint = _fingerprint(folder, self._arguments['with_teacher'])
     self._next_batch = 0
@@ -183,7 +183,7 @@ def _stop(running: list[grain.DatasetIterator]) -> None:
     running.pop().close()
 
 
-def train_batches(folder: str | pathlib.Path, options: configs.Data, *, image_size: int, context: int, batch_size: int,
+def train_batches(folder: str | storage.Path, options: configs.Data, *, image_size: int, context: int, batch_size: int,
                   seed: int, process_index: int = 0, process_count: int = 1, with_teacher: bool = False) -> TrainBatches:
   """Endless training batches of this host.
 
@@ -212,7 +212,7 @@ def train_batches(folder: str | pathlib.Path, options: configs.Data, *, image_si
       process_count=process_count, with_teacher=with_teacher))
 
 
-def evaluation_batches(folder: str | pathlib.Path, split: str, *, image_size: int, batch_size: int,
+def evaluation_batches(folder: str | storage.Path, split: str, *, image_size: int, batch_size: int,
                        process_index: int = 0, process_count: int = 1) -> Iterator[Batch]:
   """All images of a split once, over all hosts together, in order.
 
@@ -234,13 +234,13 @@ def evaluation_batches(folder: str | pathlib.Path, split: str, *, image_size: in
     yield {'image': images, 'index': index}
 
 
-def evaluation_records(folder: str | pathlib.Path, split: str) -> list[Record]:
+def evaluation_records(folder: str | storage.Path, split: str) -> list[Record]:
   """Every record of a split in order, images left encoded: captions, concept, group and style by index."""
   source = sources.open_split(folder, split)
   return [source[index] for index in range(len(source))]
 
 
-def _fingerprint(folder: str | pathlib.Path, with_teacher: bool) -> str:
+def _fingerprint(folder: str | storage.Path, with_teacher: bool) -> str:
   """Short hash of the training shards and the tokenizer, and of the teacher's embeddings where these are read."""
   contents = manifest.load(folder)
   hashes = [contents.sha256[file] for file in (*contents.split('train').shards, contents.tokenizer)]

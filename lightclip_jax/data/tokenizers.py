@@ -3,13 +3,13 @@
 Letters: N texts, W text positions.
 """
 import io
-import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
 import sentencepiece
 
+from lightclip_jax import storage
 from lightclip_jax.errors import UserError
 
 
@@ -169,13 +169,13 @@ def from_bytes(data: bytes, suffix: str = '.model') -> Tokenizer:
   return KINDS[suffix](data)
 
 
-def load(path: str | pathlib.Path) -> Tokenizer:
+def load(path: str | storage.Path) -> Tokenizer:
   """The tokenizer in a file, its kind told by the suffix.
 
   Raises:
     UserError: if there is no such file, or no such kind.
   """
-  path = pathlib.Path(path)
+  path = storage.path(path)
   if not path.is_file():
     raise UserError(f'there is no tokenizer file {str(path)!r}')
   if path.suffix not in KINDS:

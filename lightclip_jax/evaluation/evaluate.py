@@ -1,10 +1,10 @@
 """Evaluation of a model on the splits of a prepared folder, in training and alone."""
 import functools
 import json
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lightclip_jax import storage
 from lightclip_jax.evaluation import tasks
 from lightclip_jax.evaluation.embed import Embedder
 from lightclip_jax.evaluation.metrics import Metric
@@ -12,7 +12,7 @@ from lightclip_jax.evaluation.session import Session
 from lightclip_jax.evaluation.tasks import prepared
 
 
-def evaluate_all(embedder: Embedder, folder: str | pathlib.Path, splits: Sequence[str]) -> list[Metric]:
+def evaluate_all(embedder: Embedder, folder: str | storage.Path, splits: Sequence[str]) -> list[Metric]:
   """Every metric of the named splits of any prepared folder. Class texts are embedded once for all splits.
 
   Raises:
@@ -26,7 +26,7 @@ def evaluate_splits(session: Session, splits: Sequence[str]) -> list[Metric]:
   return run(session, {split: functools.partial(prepared.run, split=split) for split in splits})
 
 
-def evaluate_tasks(embedder: Embedder, folder: str | pathlib.Path, names: Sequence[str]) -> list[Metric]:
+def evaluate_tasks(embedder: Embedder, folder: str | storage.Path, names: Sequence[str]) -> list[Metric]:
   """Every metric of the named registered tasks.
 
   Raises:
@@ -41,9 +41,9 @@ def run(session: Session, chosen: Mapping[str, tasks.Task]) -> list[Metric]:
   return [metric for task in chosen.values() for metric in task(session)]
 
 
-def write_json(file: str | pathlib.Path, metrics: Sequence[Metric], **about: Any) -> None:
+def write_json(file: str | storage.Path, metrics: Sequence[Metric], **about: Any) -> None:
   """Results as JSON: `about` (checkpoint, step, …) and, per metric, value, count, chance, 95 % interval and anchors."""
-  path = pathlib.Path(file)
+  path = storage.path(file)
   path.parent.mkdir(parents=True, exist_ok=True)
   text = json.dumps({**about, 'metrics': [metric.json() for metric in metrics]}, indent=2)
   path.write_text(text + '\n', encoding='utf-8')

@@ -8,7 +8,6 @@ import dataclasses
 import io
 import json
 import math
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ import numpy as np
 import PIL.Image
 from markupsafe import Markup
 
+from lightclip_jax import storage
 from lightclip_jax.config import Config
 from lightclip_jax.evaluation import curves
 from lightclip_jax.evaluation.gallery import Picture
@@ -41,13 +41,13 @@ HEADLINES = {'eval/heldout_style/concept_top1': 'drawings in a style it never sa
              'eval/heldout_images/concept_top1': 'held-out images'}
 
 
-def write_report(workdir: str | pathlib.Path, results: Sequence[Metric], gallery: Sequence[Picture],
-                 matchings: Sequence[Matching], config: Config) -> pathlib.Path:
+def write_report(workdir: str | storage.Path, results: Sequence[Metric], gallery: Sequence[Picture],
+                 matchings: Sequence[Matching], config: Config) -> storage.Path:
   """Writes `workdir/report/index.html` from `workdir/metrics.jsonl` and the final results; returns its path.
 
   All text of the data (names, captions, styles) is escaped. With several processes, call it in one.
   """
-  log = read_log(pathlib.Path(workdir) / 'metrics.jsonl')
+  log = read_log(storage.path(workdir) / 'metrics.jsonl')
   if log:
     log[-1] |= scalars(results)   # the curves end with the final results, whether these are in the file yet or not
   environment = jinja2.Environment(loader=jinja2.PackageLoader('lightclip_jax.evaluation'), autoescape=True,
@@ -59,13 +59,13 @@ def write_report(workdir: str | pathlib.Path, results: Sequence[Metric], gallery
     accuracies=_accuracy_charts(log, results), splits=_splits(log), gallery=gallery, matchings=matchings,
     credits=sorted({(drawn.style, drawn.licence) for drawn in [*gallery, *matchings] if drawn.style}),
     config=json.dumps(dataclasses.asdict(config), indent=2))
-  path = pathlib.Path(workdir) / 'report' / 'index.html'
+  path = storage.path(workdir) / 'report' / 'index.html'
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_text(page, encoding='utf-8')
   return path
 
 
-def read_log(path: pathlib.Path) -> Log:
+def read_log(path: storage.Path) -> Log:
   """The lines of a metrics file by step; a step logged again (after a resume) counts as logged last.
 
   A half-written last line, left by a killed run, is passed over.

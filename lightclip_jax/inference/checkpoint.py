@@ -4,14 +4,13 @@ A checkpoint has two items: `state` (arrays) and `run` (JSON: config, data itera
 """
 import base64
 import dataclasses
-import pathlib
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
 from lightclip_jax import config as config_lib
-from lightclip_jax import sharding
+from lightclip_jax import sharding, storage
 from lightclip_jax.data import tokenizers
 from lightclip_jax.errors import UserError
 from lightclip_jax.models import lightclip
@@ -29,7 +28,7 @@ class Loaded:
   preprocessing: dict[str, Any]
 
 
-def checkpoint_folder(path: pathlib.Path) -> pathlib.Path:
+def checkpoint_folder(path: storage.Path) -> storage.Path:
   """The folder of numbered checkpoints for a workdir or for that folder itself.
 
   Raises:
@@ -41,13 +40,13 @@ def checkpoint_folder(path: pathlib.Path) -> pathlib.Path:
   raise UserError(f'{str(path)!r} holds no checkpoint; give the workdir of a training run')
 
 
-def load(path: pathlib.Path, step: int | None = None) -> Loaded:
+def load(path: storage.Path, step: int | None = None) -> Loaded:
   """Reads the newest (or the given) checkpoint of a run: the moving average where there is one, else the parameters.
 
   Raises:
     UserError: if `path` holds no checkpoint, not that step, or one that is not whole.
   """
-  folder = checkpoint_folder(path).absolute()
+  folder = storage.absolute(checkpoint_folder(path))
   options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
   with ocp.CheckpointManager(folder, options=options) as manager:
     steps = manager.all_steps()

@@ -5,13 +5,13 @@ Letters: N examples, b examples that a tower gets at a time, S image size, W tex
 import dataclasses
 import functools
 import os
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from lightclip_jax import storage
 from lightclip_jax.data.tokenizers import Tokenizer
 from lightclip_jax.errors import UserError
 from lightclip_jax.inference import checkpoint, exported, open_clip
@@ -97,7 +97,7 @@ def load(path: str | os.PathLike[str]) -> Model:
   Raises:
     UserError: for a path that is none of these, or one that is damaged.
   """
-  path = pathlib.Path(path)
+  path = storage.path(path)
   if (path / open_clip.CONFIG_FILE).is_file():
     return Model(**open_clip.load(path))
   if (path / exported.MODEL_FILE).is_file():

@@ -1,6 +1,5 @@
 """Checkpoints of everything that a run needs to continue: state, data iterator, meter, config, tokenizer, preprocessing."""
 import dataclasses
-import pathlib
 import time
 from typing import Any
 
@@ -8,6 +7,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from lightclip_jax import config as config_lib
+from lightclip_jax import storage
 from lightclip_jax.errors import UserError
 from lightclip_jax.inference.checkpoint import RUN, STATE
 from lightclip_jax.training.state import TrainState
@@ -26,10 +26,10 @@ class RunState:
 class Checkpointer:
   """Asynchronous, atomic saves into `workdir/checkpoints`, by steps and by minutes, whichever comes first."""
 
-  def __init__(self, workdir: pathlib.Path, config: config_lib.Checkpoint) -> None:
+  def __init__(self, workdir: storage.Path, config: config_lib.Checkpoint) -> None:
     self._config = config
     options = ocp.CheckpointManagerOptions(max_to_keep=config.keep, enable_async_checkpointing=True)
-    self._manager = ocp.CheckpointManager((workdir / 'checkpoints').absolute(), options=options)
+    self._manager = ocp.CheckpointManager(storage.absolute(workdir / 'checkpoints'), options=options)
     self._last_save = time.monotonic()
 
   def due(self, step: int) -> bool:

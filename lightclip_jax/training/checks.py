@@ -1,12 +1,12 @@
 """What must fit together before a run starts. Each failure is one line that names the value and what would be right."""
 import dataclasses
 import json
-import pathlib
 from typing import Any
 
 import jax
 
 from lightclip_jax import config as config_lib
+from lightclip_jax import storage
 from lightclip_jax.data import tokenizers
 from lightclip_jax.errors import UserError
 
@@ -84,7 +84,7 @@ def check_steps(config: config_lib.Config) -> None:
       raise UserError(f'{name} is {value}; it must be at least 1')
 
 
-def claim_workdir(workdir: pathlib.Path, config: config_lib.Config) -> None:
+def claim_workdir(workdir: storage.Path, config: config_lib.Config) -> None:
   """Writes `config.json` into a new workdir (one process does), or checks that an old one holds the same run.
 
   Raises:
@@ -106,9 +106,7 @@ def claim_workdir(workdir: pathlib.Path, config: config_lib.Config) -> None:
   if jax.process_index() > 0:
     return
   workdir.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_suffix('.tmp')
-  temporary.write_text(json.dumps(values, indent=2) + '\n')
-  temporary.replace(path)
+  storage.write_text(path, json.dumps(values, indent=2) + '\n')
 
 
 def _is_free(name: str) -> bool:

@@ -1,11 +1,10 @@
 """Evaluation inside a run: during training as log values, at the end as a table, a JSON file and the report."""
-import pathlib
 from typing import Any
 
 import jax
 
 from lightclip_jax import config as config_lib
-from lightclip_jax import distributed, sharding
+from lightclip_jax import distributed, sharding, storage
 from lightclip_jax.data.tokenizers import Tokenizer
 from lightclip_jax.evaluation import evaluate, gallery, matching, metrics, report
 from lightclip_jax.evaluation.embed import Embedder
@@ -18,8 +17,8 @@ SHOWN = 'heldout_style'  # the split that the report's gallery is drawn from, wh
 class Evaluator:
   """Evaluates the variables of a run on the splits of its config."""
 
-  def __init__(self, config: config_lib.Config, folder: pathlib.Path, tokenizer: Tokenizer, mesh: jax.sharding.Mesh,
-               workdir: pathlib.Path) -> None:
+  def __init__(self, config: config_lib.Config, folder: storage.Path, tokenizer: Tokenizer, mesh: jax.sharding.Mesh,
+               workdir: storage.Path) -> None:
     self._config, self._folder, self._tokenizer = config, folder, tokenizer
     self._mesh, self._workdir = mesh, workdir
     self._model = LightCLIP(config.model)

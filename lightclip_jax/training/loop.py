@@ -8,14 +8,13 @@ import base64
 import concurrent.futures
 import contextlib
 import dataclasses
-import pathlib
 import time
 from collections.abc import Iterator
 
 import jax
 
 from lightclip_jax import config as config_lib
-from lightclip_jax import distributed, sharding
+from lightclip_jax import distributed, sharding, storage
 from lightclip_jax.data import datasets, pipeline, teacher
 from lightclip_jax.models import lightclip
 from lightclip_jax.training import checkpoint as checkpoint_lib
@@ -25,7 +24,7 @@ from lightclip_jax.training.step import Trainer, put_batch
 SLOW_SECONDS = 2 * 3600.0   # a run on a CPU that will take longer is advised to be the quick start
 
 
-def train(config: config_lib.Config, workdir: pathlib.Path) -> int:
+def train(config: config_lib.Config, workdir: storage.Path) -> int:
   """Trains to the end, or until SIGTERM or SIGINT; a workdir with history is continued.
 
   Returns:
@@ -47,7 +46,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> int:
 class Run:
   """One process's part of a training run."""
 
-  def __init__(self, config: config_lib.Config, workdir: pathlib.Path, stop: preemption.Preemption) -> None:
+  def __init__(self, config: config_lib.Config, workdir: storage.Path, stop: preemption.Preemption) -> None:
     self.config, self.workdir, self.step, self._stop = config, workdir, 0, stop
     self._mesh = sharding.make_mesh(config.mesh)
     checks.check_steps(config)
@@ -112,6 +111,7 @@ class Run:
 
   def finish(self) -> None:
     """Final evaluation, table and report."""
+    self._writer.flush()   # the report draws what is logged
     self._writer.write(self.step, self._evaluator.finish(self.step, self.state.evaluation_variables))
 
   def close(self) -> None:
@@ -181,6 +181,7 @@ class Run:
           iterator=self._batches.state(), meter=self._meter.state(), config=dataclasses.asdict(self.config),
           preprocessing=lightclip.preprocessing(self.config.model),
           tokenizer=base64.b64encode(self._tokenizer.to_bytes()).decode()))
+      self._writer.flush()   # what a run that continues here will not log again
 
   @contextlib.contextmanager
   def _outside_training(self) -> Iterator[None]:

@@ -3,6 +3,7 @@ import os
 import pathlib
 from collections.abc import Callable
 
+from lightclip_jax import storage
 from lightclip_jax.data import manifest
 from lightclip_jax.data.datasets import emoji, shapes
 from lightclip_jax.errors import UserError
@@ -27,7 +28,7 @@ def folder_of(name: str) -> pathlib.Path:
   return cache() / f'{name}-{EDITION[name]}'
 
 
-def resolve(name_or_folder: str) -> pathlib.Path:
+def resolve(name_or_folder: str) -> storage.Path:
   """The folder of a data set; a built-in one is prepared in the cache if it is not there yet.
 
   Raises:
@@ -37,7 +38,7 @@ def resolve(name_or_folder: str) -> pathlib.Path:
     folder = folder_of(name_or_folder)
     BUILT_IN[name_or_folder](folder)
   else:
-    folder = pathlib.Path(name_or_folder).expanduser()
+    folder = storage.path(name_or_folder).expanduser()
     if not folder.exists():
       raise UserError(f'data set {name_or_folder!r} is neither a folder nor a built-in name ({", ".join(BUILT_IN)})')
   manifest.load(folder)
