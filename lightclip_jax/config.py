@@ -189,14 +189,18 @@ class Checkpoint:
   every_steps: int = 1000
   every_minutes: float = 15.0
   keep: int = 3
+  best: str = ''               # a metric such as 'eval/heldout_style/concept_top1': its best checkpoint is kept as well
+  best_mode: Literal['max', 'min'] = 'max'
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
   """When and how to evaluate during training; always once at the end."""
   every_steps: int = 1000
+  every_minutes: float = 0.0   # and whenever so much time has passed; 0: by steps alone
   batch_size: int = 256        # global; the last batch is padded
   splits: tuple[str, ...] = ('heldout_images', 'heldout_style', 'heldout_concepts')
+  tasks: tuple[str, ...] = ()  # more tasks by name (docs/EVALUATION.md), such as 'linear_probe:digits'
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,13 +6,15 @@ of the next batch.
 
 Letters: B global batch, b batch of this host, S image size, W text positions, K masked positions.
 """
+import collections
+import concurrent.futures
 import functools
 import hashlib
 import json
 import os
 import weakref
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import grain
@@ -223,15 +225,34 @@ def evaluation_batches(folder: str | storage.Path, split: str, *, image_size: in
   if batch_size < 1 or batch_size % process_count:
     raise UserError(f'evaluation.batch_size is {batch_size}; it must be a multiple of the {process_count} hosts')
   source = sources.open_split(folder, split)
+  yield from padded_batches(lambda i: transforms.decode(source[i].image), len(source), image_size=image_size,
+                            batch_size=batch_size, process_index=process_index, process_count=process_count)
+
+
+def padded_batches(read: Callable[[int], np.ndarray], count: int, *, image_size: int, batch_size: int,
+                   process_index: int = 0, process_count: int = 1) -> Iterator[Batch]:
+  """Batches as those of `evaluation_batches`, of the images that `read(0)` to `read(count - 1)` give: uint8 RGB [H, W, 3].
+
+  Threads read and resize the next batch while one is used.
+  """
   share = batch_size // process_count
-  for start in range(0, len(source), batch_size):
-    first = start + process_index * share
-    images = np.zeros((share, image_size, image_size, 3), np.uint8)
-    index = np.full(share, -1, np.int64)
-    for row, record in enumerate(range(first, min(first + share, len(source)))):
-      images[row] = transforms.evaluation_transform(transforms.decode(source[record].image), image_size)
-      index[row] = record
-    yield {'image': images, 'index': index}
+  image = lambda i: transforms.evaluation_transform(read(i), image_size)  # noqa: E731
+  with concurrent.futures.ThreadPoolExecutor(max(1, min(16, os.cpu_count() or 1))) as pool:
+    waiting: collections.deque = collections.deque()
+    for start in range(0, count, batch_size):
+      first = start + process_index * share
+      waiting.append((first, [pool.submit(image, i) for i in range(first, min(first + share, count))]))
+      if len(waiting) > 1:
+        yield _padded(*waiting.popleft(), share, image_size)
+    while waiting:
+      yield _padded(*waiting.popleft(), share, image_size)
+
+
+def _padded(first: int, images: list[concurrent.futures.Future], share: int, image_size: int) -> Batch:
+  batch = {'image': np.zeros((share, image_size, image_size, 3), np.uint8), 'index': np.full(share, -1, np.int64)}
+  for row, image in enumerate(images):
+    batch['image'][row], batch['index'][row] = image.result(), first + row
+  return batch
 
 
 def evaluation_records(folder: str | storage.Path, split: str) -> list[Record]:

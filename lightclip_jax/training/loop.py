@@ -48,8 +48,11 @@ class Run:
 
   def __init__(self, config: config_lib.Config, workdir: storage.Path, stop: preemption.Preemption) -> None:
     self.config, self.workdir, self.step, self._stop = config, workdir, 0, stop
+    self._scores: dict[str, float] | None = None   # of the state as it is now
+    self._last_evaluation = time.monotonic()
     self._mesh = sharding.make_mesh(config.mesh)
     checks.check_steps(config)
+    evaluator.tasks_of(config)
     checks.check_batch(config, sharding.batch_shards(self._mesh))
     self._trainer = Trainer.create(config, self._mesh)
     self._abstract = self._trainer.abstract_state()
@@ -100,11 +103,14 @@ class Run:
       self._one_step()
       if self.step == first + 2:   # the first step may still pay for start-up
         self._warn_if_slow((time.perf_counter() - start) * (total - self.step))
-      if self.step % self.config.evaluation.every_steps == 0 and self.step < total:
+      stop, late, evaluate = distributed.agree(
+          self.step, self._stop.requested, self._checkpointer.late, self._evaluation_is_late)
+      if (evaluate or self.step % self.config.evaluation.every_steps == 0) and self.step < total:
         self._evaluate()
-      stop, late = distributed.agree(self.step, self._stop.requested, self._checkpointer.late)
-      if late or self._checkpointer.due(self.step):
+      if late or self._checkpointer.due(self.step) or self._scored:
         self._save()
+    if self.step == total and self.config.checkpoint.best:
+      self._scores = self._evaluator.evaluate(self.step, self.state.evaluation_variables)
     self._save()
     self._checkpointer.wait()
     return self.step >= total
@@ -152,6 +158,7 @@ class Run:
     start = time.perf_counter()
     arrays = next(self._batches)
     self._clock.waited(time.perf_counter() - start)
+    self._scores = None
     self.state, fresh = self._compiled_step(self.state, put_batch(arrays, self._mesh))
     self._settle()
     self.step += 1
@@ -169,15 +176,27 @@ class Run:
       self._writer.write(self.step, values)
       distributed.say(metrics.console_line(self.step, self.config.train.steps, values))
 
+  @property
+  def _evaluation_is_late(self) -> bool:
+    minutes = self.config.evaluation.every_minutes
+    return bool(minutes and time.monotonic() - self._last_evaluation >= 60 * minutes)
+
+  @property
+  def _scored(self) -> bool:
+    """Whether this step was evaluated and that decides which checkpoint is best: then it must be one."""
+    return bool(self.config.checkpoint.best) and self._scores is not None
+
   def _evaluate(self) -> None:
     self._settle()
     with self._outside_training():
-      self._writer.write(self.step, self._evaluator.evaluate(self.state.evaluation_variables))
+      self._scores = self._evaluator.evaluate(self.step, self.state.evaluation_variables)
+      self._writer.write(self.step, self._scores)
+    self._last_evaluation = time.monotonic()
 
   def _save(self) -> None:
     self._settle()
     with self._outside_training():
-      self._checkpointer.save(self.step, self.state, checkpoint_lib.RunState(
+      self._checkpointer.save(self.step, self.state, metrics=self._scores, run=checkpoint_lib.RunState(
           iterator=self._batches.state(), meter=self._meter.state(), config=dataclasses.asdict(self.config),
           preprocessing=lightclip.preprocessing(self.config.model),
           tokenizer=base64.b64encode(self._tokenizer.to_bytes()).decode()))
