@@ -155,6 +155,21 @@ def test_a_missing_compiler_is_one_line(monkeypatch):
     Topology.parse('v5e:2x2').devices()
 
 
+def test_a_program_that_cannot_be_printed_says_so(monkeypatch):
+  memory = jax.jit(lambda x: x + 1).lower(1.0).compile().memory_analysis()
+
+  class Unprintable:
+    """What compiling gives where libtpu is newer than jaxlib."""
+    as_text = lambda self: (_ for _ in ()).throw(jax.errors.JaxRuntimeError('INTERNAL: no such opcode'))  # noqa: E731
+    memory_analysis = lambda self: memory  # noqa: E731
+    cost_analysis = lambda self: {'flops': 1.0, 'bytes accessed': 1.0}  # noqa: E731
+
+  monkeypatch.setattr(jax.stages.Lowered, 'compile', lambda self: Unprintable())
+  trainer = type('Trainer', (), {'lower_step': lambda self: jax.jit(lambda x: x).lower(1.0)})()
+  found = measure._compiled(trainer)
+  assert found['collectives_unread'] == 'INTERNAL: no such opcode' and found['collectives_beside_loops'] is None
+
+
 @pytest.mark.slow
 def test_the_plan_of_the_step_that_trains(monkeypatch):
   monkeypatch.syspath_prepend(str(TINY.parent))

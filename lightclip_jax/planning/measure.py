@@ -70,7 +70,10 @@ def _compiled(trainer: Trainer) -> dict[str, Any]:
     said = str(error).split('RESOURCE_EXHAUSTED:')[-1].strip().splitlines()[0]
     raise UserError(f'does not fit: {said} {advice(trainer.config)}') from error
   seconds, memory, cost = time.perf_counter() - start, compiled.memory_analysis(), compiled.cost_analysis()
-  found = hlo.collectives(compiled.as_text())
+  try:
+    found, unread = hlo.collectives(compiled.as_text()), ''
+  except jax.errors.JaxRuntimeError as error:   # a libtpu that is newer than this jaxlib writes what it cannot print
+    found, unread = [], str(error).splitlines()[0]
   beside = [one for one in found if not one.in_loop]
   return {
       'compile_seconds': round(seconds, 1),
@@ -78,7 +81,8 @@ def _compiled(trainer: Trainer) -> dict[str, Any]:
                  'aliased': memory.alias_size_in_bytes, 'temporaries': memory.temp_size_in_bytes,
                  'code': memory.generated_code_size_in_bytes},
       'flops': cost['flops'], 'bytes_moved': cost['bytes accessed'],
-      'collectives': hlo.summary(found), 'collectives_beside_loops': len(beside),
+      'collectives': hlo.summary(found), 'collectives_beside_loops': None if unread else len(beside),
+      'collectives_unread': unread,
       'largest_collectives': [dataclasses.asdict(one) for one in
                               sorted(found, key=lambda one: -one.bytes * one.runs)[:SHOWN]]}
 

@@ -25,6 +25,8 @@ def _rows(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
   yield from _roofline_rows(plan)
   for kind, row in plan['collectives'].items():
     yield kind, f'{row["instructions"]} instructions, {row["runs"]} runs and {_size(row["bytes"])} a step'
+  if plan.get('collectives_unread'):
+    yield 'collectives', f'NOT READ, and not in the roofline: jaxlib cannot print this program ({plan["collectives_unread"]})'
   for one in plan.get('largest_collectives', ()):
     yield '', f'{one["kind"]} × {one["runs"]} of {_size(one["bytes"])}: {one["shape"][:60]} {one["origin"][-80:]}'
   for leaf in plan['largest']:
