@@ -117,6 +117,11 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[a
 }
 
 
+def main(argv: list[str] | None = None) -> None:
+  """Runs one command line; raises what goes wrong."""
+  args = parse(argv)
+  args.function(args)
+
+
 if __name__ == '__main__':
-  parsed = parse()
-  sys.exit(cli.run(lambda: parsed.function(parsed), parsed.debug))
+  sys.exit(cli.run(main, '--debug' in sys.argv))

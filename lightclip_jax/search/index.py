@@ -113,7 +113,8 @@ def update(folder: pathlib.Path, export: Export, out: pathlib.Path, workers: int
 
 def _earlier(folder: pathlib.Path, export: Export, out: pathlib.Path) -> Index | None:
   if not (out / FILE_NAME).is_file():
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    # A run that was killed before its first minute leaves embeddings alone.
+    if out.exists() and (not out.is_dir() or any(not file.match('embeddings-*.npy') for file in out.iterdir())):
       raise UserError(f'{str(out)!r} holds something else; give a new folder')
     return None
   index = load(out)

@@ -20,19 +20,21 @@ class Export:
   Attributes:
     folder: where it lies.
     about: what its `model.json` says.
-    files: its files 'image', 'text' and 'tokenizer'.
+    files: its files 'image', 'text' and 'tokenizer', and where it has token heads 'image tokens' and 'text tokens'.
   """
 
   def __init__(self, folder: pathlib.Path):
     """Raises UserError if the folder is no export with ONNX towers, or names files outside of it."""
     self.folder = folder.absolute()
     self.about, self.files = exported.describe(self.folder)
+    heads = self.about.get('tokens') or {}
+    self.files |= {f'{name} tokens': self.folder / heads[name] for name in ('image', 'text') if name in heads}
     if self.about['format'] != 'onnx':
       raise UserError(f'{str(folder)!r} is an export for {self.about["format"]}; the search runs ONNX towers: '
                       'python -m lightclip_jax.export --format=onnx')
     for name, file in self.files.items():
       if file.resolve().parent != self.folder.resolve():
-        raise UserError(f'the {name} file {self.about[name]!r} of {str(folder)!r} lies elsewhere; it must lie in that folder')
+        raise UserError(f'the {name} file {file.name!r} of {str(folder)!r} lies elsewhere; it must lie in that folder')
 
   @property
   def size(self) -> int:
@@ -42,7 +44,7 @@ class Export:
   def fingerprint(self) -> str:
     """A hash of both towers and the tokenizer: embeddings of two models must not be compared."""
     digest = hashlib.sha256()
-    for name in sorted(self.files):
+    for name in ('image', 'text', 'tokenizer'):
       digest.update(hashlib.sha256(self.files[name].read_bytes()).digest())
     return digest.hexdigest()
 

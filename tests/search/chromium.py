@@ -104,9 +104,9 @@ class Page:
       self.requests.append(params['request']['url'])
     elif method == 'Runtime.exceptionThrown':
       self.errors.append(json.dumps(params['exceptionDetails'])[:2000])
-    elif method == 'Log.entryAdded' and params['entry']['level'] in ('error', 'warning'):
+    elif method == 'Log.entryAdded' and params['entry']['level'] == 'error':
       self.errors.append(params['entry']['text'])
-    elif method == 'Runtime.consoleAPICalled' and params['type'] in ('error', 'warning', 'assert'):
+    elif method == 'Runtime.consoleAPICalled' and params['type'] in ('error', 'assert'):
       self.errors.append(json.dumps(params['args'])[:2000])
 
 
@@ -115,13 +115,11 @@ def open_page(profile: pathlib.Path, *more: str) -> Iterator[Page]:
   """A tab of a new browser, which ends with the block."""
   (their_in, send), (receive, their_out) = os.pipe(), os.pipe()
 
-  def place() -> None:   # Chromium reads commands from 3 and writes answers to 4
-    ours = os.dup(their_in), os.dup(their_out)
-    os.dup2(ours[0], 3)
-    os.dup2(ours[1], 4)
-
-  command = [program(), *FLAGS, *more, f'--user-data-dir={profile}', 'about:blank']
-  process = subprocess.Popen(command, preexec_fn=place, close_fds=False, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+  # Chromium reads commands from 3 and writes answers to 4. A shell puts them there: Python code after a fork would make
+  # JAX, whose threads may hold locks, warn.
+  move = ['bash', '-c', f'exec "$@" 3<&{their_in} 4>&{their_out}', 'bash']
+  command = [*move, program(), *FLAGS, *more, f'--user-data-dir={profile}', 'about:blank']
+  process = subprocess.Popen(command, pass_fds=(their_in, their_out), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                              stderr=subprocess.DEVNULL, env={**os.environ, 'HOME': str(profile)})
   os.close(their_in)
   os.close(their_out)

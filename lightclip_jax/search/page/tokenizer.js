@@ -118,10 +118,11 @@ function parse(bytes) {
 /** Yields [number, value] of a message: numbers for varints, bytes for everything else. */
 function* fields(bytes) {
   let at = 0;
+  const damaged = () => new Error('the tokenizer file is damaged');
   const varint = () => {
     let value = 0, factor = 1, byte;
     do {
-      if (at >= bytes.length) throw new Error('the tokenizer file is cut off');
+      if (at >= bytes.length) throw damaged();
       byte = bytes[at++];
       value += (byte & 127) * factor;
       factor *= 128;
@@ -134,7 +135,7 @@ function* fields(bytes) {
       yield [tag >>> 3, varint()];
     } else {
       const length = kind === 2 ? varint() : {1: 8, 5: 4}[kind];
-      if (length === undefined || at + length > bytes.length) throw new Error('the tokenizer file is damaged');
+      if (length === undefined || at + length > bytes.length) throw damaged();
       yield [tag >>> 3, bytes.subarray(at, at += length)];
     }
   }
@@ -198,7 +199,7 @@ export class BytePairs {
     const merges = file.model.merges.map(pair => (typeof pair === 'string' ? pair.split(' ') : pair).join(' '));
     this.ranks = new Map(merges.map((pair, rank) => [pair, rank]));
     this.normalizers = steps(file.normalizer, 'normalizers').map(normalizerStep);
-    this.split = splitPattern(steps(file.pre_tokenizer, 'pretokenizers'));
+    this.split = splitter(steps(file.pre_tokenizer, 'pretokenizers'));
     this.added = (file.added_tokens ?? []).map(token => {
       if (token.lstrip || token.rstrip || token.single_word) throw new Error(`this page cannot read the token ${token.content}`);
       this.pieces[token.id] = token.content;
@@ -217,7 +218,7 @@ export class BytePairs {
 
   words(text) {
     return this.cut(text, true).flatMap(part => typeof part === 'number' ? part : this.cut(this.normal(part), false).flatMap(
-      inner => typeof inner === 'number' ? inner : [...inner.matchAll(this.split)].flatMap(([word]) => this.bytePairs(word))));
+      inner => typeof inner === 'number' ? inner : this.split(inner).flatMap(word => this.bytePairs(word))));
   }
 
   /** The text with added tokens as ids between its other parts: those that are looked for before normalising, or after it. */
@@ -228,10 +229,10 @@ export class BytePairs {
     return text.split(new RegExp(`(${pattern.join('|')})`)).filter(x => x).map(x => tokens.get(x) ?? x);
   }
 
-  /** Of the pairs in a word, the one that was merged first in training is merged first. */
+  /** Of the pairs in a word, the one that was merged first in training is merged first, wherever it stands. */
   bytePairs(word) {
     if (this.cache.has(word)) return this.cache.get(word);
-    const parts = Array.from(new TextEncoder().encode(word), byte => LETTERS[byte]);
+    let parts = Array.from(new TextEncoder().encode(word), byte => LETTERS[byte]);
     parts[parts.length - 1] += this.suffix;
     for (;;) {
       let best = -1, rank = Infinity;
@@ -240,7 +241,13 @@ export class BytePairs {
         if (other < rank) [best, rank] = [i, other];
       }
       if (best < 0) break;
-      parts.splice(best, 2, parts[best] + parts[best + 1]);
+      const [first, second] = [parts[best], parts[best + 1]], merged = [];
+      for (let i = 0; i < parts.length; i++) {
+        const here = parts[i] === first && parts[i + 1] === second;
+        merged.push(here ? first + second : parts[i]);
+        i += here;
+      }
+      parts = merged;
     }
     const ids = parts.map(part => this.vocabulary.get(part) ?? this.unknown).filter(id => id !== undefined);
     if (word.length < 64) this.cache.set(word, ids);
@@ -273,10 +280,14 @@ function normalizerStep(step) {
   }
 }
 
-function splitPattern(parts) {
+/** A function from a text to its words: CLIP's pattern, and in each of its finds GPT-2's, which the byte level adds. */
+function splitter(parts) {
   const [split, bytes] = parts;
   const known = parts.length === 2 && split.type === 'Split' && split.behavior === 'Removed' && split.invert &&
       bytes.type === 'ByteLevel' && !bytes.add_prefix_space;
   if (!known) throw new Error(`the tokenizer splits words by ${parts.map(part => part.type).join(', ')}; this page knows CLIP's way alone`);
-  return pattern(split.pattern);
+  const found = text => Array.from(text.matchAll(pattern(split.pattern)), ([word]) => word);
+  return bytes.use_regex === false ? found : text => found(text).flatMap(word => word.match(GPT2));
 }
+
+const GPT2 = /'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\p{White_Space}\p{L}\p{N}]+|\p{White_Space}+/gu;
