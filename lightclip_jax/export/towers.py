@@ -57,3 +57,17 @@ def from_checkpoint(loaded: checkpoint.Loaded) -> Towers:
   return Towers(dataclasses.replace(loaded, config=config, variables=variables),
                 functools.partial(apply, method='encode_image'), functools.partial(apply, method='encode_text'),
                 jax.ShapeDtypeStruct((size, size, 3), jnp.uint8), jax.ShapeDtypeStruct((context,), jnp.int32))
+
+
+def token_heads(loaded: checkpoint.Loaded) -> tuple[Callable[[jax.Array], jax.Array], Callable[[jax.Array], jax.Array]]:
+  """What the matching of patches and words compares, for those who want to look at it: parameters of training only.
+
+  Returns:
+    Functions (uint8 [b, S, S, 3] -> float32 [b, P, d], int32 [b, W] -> float32 [b, W, d]), unit vectors.
+  """
+  config = config_lib.replace(loaded.config, model=dict(compute_dtype='float32'))
+  variables = jax.tree.map(np.asarray, loaded.variables)
+  tokens = functools.partial(lightclip.LightCLIP(config.model).apply, variables, method='encode_tokens')
+  size, context = config.model.image.size, config.model.text.context
+  no_image, no_text = np.zeros((1, size, size, 3), np.uint8), np.zeros((1, context), np.int32)   # the other side is constant
+  return (lambda images: tokens(images, no_text)[0]), (lambda texts: tokens(no_image, texts)[1])

@@ -167,10 +167,14 @@ export const ready = (async () => {
   const {about, device} = await towers.ask('about');
   towers.dim = about.embed_dim;
   towers.scale = about.logit_scale;
-  $('#model').textContent = `${about.name}, ${about.preprocessing.size} px, runs in this browser on ${device}. Nothing is uploaded.`;
+  const introduce = where => {
+    $('#model').textContent = `${about.name}, ${about.preprocessing.size} px, runs in this browser on ${where}. Nothing is uploaded.`;
+  };
+  introduce(device);
   for (const part of document.querySelectorAll('#bar :disabled')) part.disabled = false;
   listen();
   $('#query').focus();
+  towers.ask('gpu').then(introduce, () => {});   // without it the page works as it is
 })();
 ready.catch(error => {
   $('#model').textContent = `The model cannot be loaded: ${error.message}`;

@@ -1,57 +1,59 @@
 // The exported towers, run by ONNX Runtime Web. Knows no page: pixels and texts in, embeddings out.
 
 import {evaluationTransform} from './resize.js';
-import {plan} from './matching.js';
+import {dot, plan} from './matching.js';
 import {joinPieces, load as loadTokenizer} from './tokenizer.js';
 
 const LEAST_COSINE = 0.999;   // below this another device's answer is not the model's
 
 export class Engine {
-  /** `ort` is the runtime; `read(name)` gives the bytes of a file of the export. `gpu`: whether WebGPU may be there. */
-  static async open(ort, read, gpu) {
+  /** `ort` is the runtime; `read(name)` gives the bytes of a file of the export. */
+  static async open(ort, read) {
     const engine = new Engine();
     const about = JSON.parse(new TextDecoder().decode(await read('model.json')));
     if (about.format !== 'onnx') throw new Error(`the export is ${about.format}; this page runs onnx`);
     Object.assign(engine, {ort, read, about, device: 'WebAssembly', size: about.preprocessing.size, dim: about.embed_dim});
     engine.tokenizer = loadTokenizer(await read(about.tokenizer), about.special_ids);
-    engine.text = await engine.session(about.text, 'wasm');
-    engine.image = await engine.session(about.image, 'wasm');
-    if (gpu) await engine.tryGpu();
+    engine.text = await engine.session(ort, about.text);
+    engine.image = await engine.session(ort, about.image);
     return engine;
   }
 
-  async session(name, provider) {
-    return this.ort.InferenceSession.create(await this.read(name), {executionProviders: [provider], logSeverityLevel: 3});
+  /** A tower with the runtime that runs it. */
+  async session(ort, name, provider = 'wasm') {
+    const session = await ort.InferenceSession.create(await this.read(name), {executionProviders: [provider], logSeverityLevel: 3});
+    return {ort, session};
   }
 
-  /** Takes the GPU for images where it gives the same answers sooner: a small tower is often done before a GPU has begun. */
-  async tryGpu() {
+  /** Takes the GPU for images where it gives the same answers sooner: a small tower is often done before a GPU has begun.
+   * `ort` is a second runtime, since the one with WebGPU has not all that a text tower needs. Gives the device. */
+  async tryGpu(ort) {
+    const wasm = this.image;
+    const noise = Uint8Array.from({length: 16 * this.size * this.size * 3}, (_, i) => Math.imul(i + 1, 2654435761) >>> 24);
+    const measure = async tower => {
+      this.image = tower;
+      await this.images(noise);
+      const start = performance.now();
+      return [await this.images(noise), performance.now() - start];
+    };
     try {
-      const wasm = this.image, gpu = await this.session(this.about.image, 'webgpu');
-      const noise = Uint8Array.from({length: 16 * this.size * this.size * 3}, (_, i) => Math.imul(i + 1, 2654435761) >>> 24);
-      const measure = async session => {
-        this.image = session;
-        await this.images(noise);
-        const start = performance.now();
-        return [await this.images(noise), performance.now() - start];
-      };
-      const [[there, gpuTime], [here, wasmTime]] = [await measure(gpu), await measure(wasm)];
-      let least = 1;
-      for (let row = 0; row < 16; row++) {
-        let cosine = 0;
-        for (let k = row * this.dim; k < (row + 1) * this.dim; k++) cosine += there[k] * here[k];
-        least = Math.min(least, cosine);
-      }
-      if (least >= LEAST_COSINE && gpuTime < wasmTime) [this.image, this.device] = [gpu, 'WebGPU'];
+      const gpu = await this.session(ort, this.about.image, 'webgpu');
+      const [[here, wasmTime], [there, gpuTime]] = [await measure(wasm), await measure(gpu)];
+      const cosines = Array.from({length: 16}, (_, row) => dot(here, row, there, row, this.dim));
+      if (Math.min(...cosines) < LEAST_COSINE) throw new Error(`its embeddings are others (cosine ${Math.min(...cosines)})`);
+      if (gpuTime < wasmTime) this.device = 'WebGPU';
+      else throw new Error(`it needs ${gpuTime.toFixed(0)} ms where WebAssembly needs ${wasmTime.toFixed(0)} ms`);
     } catch (error) {
+      this.image = wasm;
       console.info(`WebGPU is not used: ${error.message}`);
     }
+    return this.device;
   }
 
   /** Float32Array [n·D] of the RGB bytes of n prepared pictures. */
   async images(pixels) {
     const shape = [pixels.length / (this.size * this.size * 3), this.size, this.size, 3];
-    return this.run(this.image, new this.ort.Tensor('uint8', pixels, shape));
+    return this.run(this.image, new this.image.ort.Tensor('uint8', pixels, shape));
   }
 
   /** Float32Array [n·D] of n texts. */
@@ -70,10 +72,10 @@ export class Engine {
     return new this.ort.Tensor('int32', ids, [texts.length, context]);
   }
 
-  async run(session, tensor) {
+  async run({session}, tensor) {
     const output = (await session.run({[session.inputNames[0]]: tensor}))[session.outputNames[0]];
     const data = await output.getData();
-    if (!data.every(Number.isFinite)) throw new Error(`${this.device} gives no finite numbers for this model`);
+    if (!data.every(Number.isFinite)) throw new Error('the model gives no finite numbers here');
     return data;
   }
 
@@ -82,7 +84,7 @@ export class Engine {
   async match(pixels, text) {
     const {tokens, special_ids: special, context} = this.about;
     if (!tokens) return null;
-    this.heads ??= await Promise.all([this.session(tokens.image, 'wasm'), this.session(tokens.text, 'wasm')]);
+    this.heads ??= await Promise.all([this.session(this.ort, tokens.image), this.session(this.ort, tokens.text)]);
     const size = [1, this.size, this.size, 3];
     const patches = await this.run(this.heads[0], new this.ort.Tensor('uint8', pixels, size));
     const all = await this.run(this.heads[1], this.tokens([text]));

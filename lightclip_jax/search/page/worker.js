@@ -10,13 +10,14 @@ async function read(name) {
   return new Uint8Array(await response.arrayBuffer());
 }
 
-const engine = (async () => {
-  const gpu = Boolean(await navigator.gpu?.requestAdapter().catch(() => null));
-  const ort = await import(`./runtime/ort.${gpu ? 'webgpu' : 'wasm'}.min.mjs`);
+async function runtime(kind) {
+  const ort = await import(`./runtime/ort.${kind}.min.mjs`);
   ort.env.wasm.wasmPaths = new URL('runtime/', here).href;
   ort.env.wasm.numThreads = self.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency) : 1;
-  return Engine.open(ort, read, gpu);
-})();
+  return ort;
+}
+
+const engine = runtime('wasm').then(ort => Engine.open(ort, read));
 
 /** The RGBA pixels of a picture file on white, upright, in the numbers that the file holds. */
 async function decode(file) {
@@ -33,6 +34,11 @@ async function decode(file) {
 const tasks = {
   async about({about, device}) {
     return {about, device};
+  },
+  /** The device, after a look whether there is a GPU that is faster. */
+  async gpu(engine) {
+    const adapter = await navigator.gpu?.requestAdapter().catch(() => null);
+    return adapter ? engine.tryGpu(await runtime('webgpu')) : engine.device;
   },
   async texts(engine, texts) {
     return engine.texts(texts);
