@@ -60,14 +60,21 @@ def from_checkpoint(loaded: checkpoint.Loaded) -> Towers:
 
 
 def token_heads(loaded: checkpoint.Loaded) -> tuple[Callable[[jax.Array], jax.Array], Callable[[jax.Array], jax.Array]]:
-  """What the matching of patches and words compares, for those who want to look at it: parameters of training only.
+  """What the matching of patches and words compares, with parameters of training only.
 
   Returns:
     Functions (uint8 [b, S, S, 3] -> float32 [b, P, d], int32 [b, W] -> float32 [b, W, d]), unit vectors.
   """
   config = config_lib.replace(loaded.config, model=dict(compute_dtype='float32'))
   variables = jax.tree.map(np.asarray, loaded.variables)
-  tokens = functools.partial(lightclip.LightCLIP(config.model).apply, variables, method='encode_tokens')
-  size, context = config.model.image.size, config.model.text.context
-  no_image, no_text = np.zeros((1, size, size, 3), np.uint8), np.zeros((1, context), np.int32)   # the other side is constant
-  return (lambda images: tokens(images, no_text)[0]), (lambda texts: tokens(no_image, texts)[1])
+  heads = variables['params'][lightclip.TRAINING_ONLY]
+  no_patch, no_word = (np.zeros((1, 1, heads[f'{side}_token_projection']['kernel'].shape[0]), np.float32)   # the other side's
+                       for side in ('image', 'text'))
+
+  def image(clip: lightclip.LightCLIP, images: jax.Array) -> jax.Array:
+    return clip.training_only.tokens(clip.image_features(images).tokens_BxHxWxF, no_word)[0]
+
+  def text(clip: lightclip.LightCLIP, tokens: jax.Array) -> jax.Array:
+    return clip.training_only.tokens(no_patch[None], clip.text(tokens)[1])[1]
+  apply = functools.partial(lightclip.LightCLIP(config.model).apply, variables)
+  return functools.partial(apply, method=image), functools.partial(apply, method=text)

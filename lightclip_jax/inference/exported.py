@@ -79,7 +79,7 @@ def stablehlo_tower(file: pathlib.Path) -> Callable[[np.ndarray], Any]:
   Raises:
     UserError: if the file is damaged.
   """
-  import jax   # here alone: ONNX files are read without it
+  import jax  # here alone: ONNX files are read without it
   try:
     return jax.jit(jax.export.deserialize(bytearray(file.read_bytes())).call)
   except Exception as error:   # flatbuffers and MLIR have errors of their own

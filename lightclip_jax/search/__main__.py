@@ -17,8 +17,8 @@ _EXAMPLES = """examples:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
   """The command line's flags."""
-  parser = argparse.ArgumentParser(prog='python -m lightclip_jax.search', description=__doc__.partition(':')[0] + '.',
-                                   epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(prog='python -m lightclip_jax.search', description=__doc__, epilog=_EXAMPLES,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
   commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
   for name, (add_flags, function, text) in COMMANDS.items():
     flags = commands.add_parser(name, help=text, description=text, epilog=_EXAMPLES, formatter_class=parser.formatter_class)
@@ -31,16 +31,19 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def _index_flags(flags: argparse.ArgumentParser) -> None:
   flags.add_argument('folder', type=pathlib.Path, help='the pictures, recursively')
   _model_flag(flags)
-  flags.add_argument('--out', type=pathlib.Path, required=True, metavar='INDEX', help='the index: a new folder, or one to bring up to date')
+  flags.add_argument('--out', type=pathlib.Path, required=True, metavar='INDEX',
+                     help='the index: a new folder, or one to bring up to date')
   flags.add_argument('--processes', type=_positive, help='default: one a core')
 
 
 def _query_flags(flags: argparse.ArgumentParser) -> None:
   flags.add_argument('index', type=pathlib.Path, help='what `index` made')
   flags.add_argument('text', nargs='?', help='what the pictures should show')
-  flags.add_argument('--image', type=pathlib.Path, metavar='FILE', help='a picture to which others should be similar, instead of a text')
+  flags.add_argument('--image', type=pathlib.Path, metavar='FILE',
+                     help='a picture to which others should be similar, instead of a text')
   flags.add_argument('--top', type=_positive, default=10, help='how many answers (default 10)')
-  flags.add_argument('--model', type=pathlib.Path, metavar='EXPORT', help='the export, if it is no longer where the index was made')
+  flags.add_argument('--model', type=pathlib.Path, metavar='EXPORT',
+                     help='the export, if it is no longer where the index was made')
   flags.add_argument('--json', action='store_true', help='answer [{"path", "cosine"}, …]')
 
 
@@ -78,12 +81,13 @@ def _index(args: argparse.Namespace) -> None:
 def _query(args: argparse.Namespace) -> None:
   if (args.text is None) == (args.image is None):
     raise UserError('give one query: a text, or --image=FILE')
-  from lightclip_jax.search import index, pictures, towers   # after the mistakes that need no model
+  from lightclip_jax.search import index, pictures, towers  # after the mistakes that need no model
 
   loaded = index.load(args.index)
   export = towers.Export(args.model or pathlib.Path(loaded.model))
   if export.fingerprint() != loaded.fingerprint:
-    raise UserError(f'{str(export.folder)!r} is not the model that made {str(args.index)!r}; index again, or name it with --model')
+    raise UserError(f'{str(export.folder)!r} is not the model that made {str(args.index)!r}; index again, or name that one '
+                    'with --model')
   query = (export.encode_text([args.text]) if args.image is None else
            export.image_tower()(pictures.read(args.image, export.size)[None]))
   answers = loaded.nearest(query[0], args.top)

@@ -121,8 +121,8 @@ def _earlier(folder: pathlib.Path, export: Export, out: pathlib.Path) -> Index |
   for what, was, now in (('pictures', index.folder, str(folder.absolute())),
                          ('model', index.fingerprint, export.fingerprint())):
     if was != now:
-      name = f'{was!r}, not {now!r}' if what == 'pictures' else f'{index.model!r} as it was, not {str(export.folder)!r} as it is'
-      raise UserError(f'the index {str(out)!r} is of the {what} {name}; give another --out')
+      is_of = repr(was) if what == 'pictures' else f'{index.model!r} as it was, not {str(export.folder)!r} as it is'
+      raise UserError(f'the index {str(out)!r} is of the {what} {is_of}; give another --out')
   return index
 
 

@@ -35,7 +35,7 @@ def runtime() -> pathlib.Path:
   Raises:
     UserError: if it cannot be fetched.
   """
-  from lightclip_jax.data.datasets import cache, npm   # here: `bundle` and `serve` alone need the built-in data's helpers
+  from lightclip_jax.data.datasets import cache, npm  # here: it imports much
 
   folder = cache().absolute() / '-'.join(RUNTIME)
   if not folder.is_dir():

@@ -11,6 +11,6 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 def export_folder(tmp_path_factory):
   pytest.importorskip('onnx')
   pytest.importorskip('onnxruntime')
-  import colour_export
+  import colour_export  # here: it needs onnx
 
   return colour_export.write(tmp_path_factory.mktemp('search') / 'export')

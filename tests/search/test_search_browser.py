@@ -1,10 +1,14 @@
-"""The page in a real browser: pictures in, words typed, the right one first; the numbers are Python's. Needs Chromium."""
+"""The page in a real browser: pictures in, words typed, the right one first; the numbers are Python's. """
+import functools
+import http.server
+import os
 import shutil
 import threading
 
 import chromium
 import colour_export
 import numpy as np
+import PIL.Image
 import pytest
 
 from lightclip_jax.errors import UserError
@@ -14,15 +18,21 @@ STATE = "import(new URL('app.js', location.href))"
 
 
 @pytest.fixture(scope='module')
-def served(export_folder):
-  """The address of the page."""
+def listed(export_folder):
+  """The files of the page. Without a browser or a network the tests are skipped, unless LIGHTCLIP_BROWSER=required is set."""
+  missing = pytest.fail if os.environ.get('LIGHTCLIP_BROWSER') == 'required' else pytest.skip
   if chromium.program() is None:
-    pytest.skip(f'there is no Chromium ({", ".join(chromium.NAMES)}): apt-get install chromium')
+    missing(f'there is no Chromium ({", ".join(chromium.NAMES)}): apt-get install chromium')
   try:
-    files = site.files(towers.Export(export_folder))
+    return site.files(towers.Export(export_folder))
   except UserError as error:
-    pytest.skip(str(error))
-  with server.open_server(files) as running:
+    missing(str(error))
+
+
+@pytest.fixture(scope='module')
+def served(listed):
+  """The address of the page."""
+  with server.open_server(listed) as running:
     threading.Thread(target=running.serve_forever, daemon=True).start()
     yield running.url
     running.shutdown()
@@ -57,7 +67,7 @@ def type_query(page, text):
 def test_a_person_finds_the_picture(page, files):
   made, folder = files
   page.give_files('#add-pictures', [*made, folder / 'cut.png'])
-  page.wait("document.querySelector('#working').hidden && document.querySelector('#status').textContent.includes('of 100 pictures')")
+  page.wait("document.querySelector('#working').hidden && document.querySelector('#status').textContent.includes('of 100 ')")
   assert page.run("document.querySelector('#failures').innerText").startswith('1 file could not be read')
   assert 'cut.png' in page.run("document.querySelector('#failures').textContent")
   by_name = {file.name: colour for file, colour in made.items()}
@@ -81,8 +91,6 @@ def test_a_person_finds_the_picture(page, files):
 
 
 def test_words_are_found_in_the_picture(page, files):
-  import PIL.Image
-
   half = np.zeros((60, 60, 3), np.uint8)
   half[:, :30], half[:, 30:] = (255, 0, 0), (0, 0, 255)
   PIL.Image.fromarray(half).save(files[1] / 'half.png')
@@ -95,11 +103,9 @@ def test_words_are_found_in_the_picture(page, files):
 
 
 def test_embeddings_are_pythons(page, files, export_folder):
-  export, tower = towers.Export(export_folder), None
-  made = list(files[0])
+  export, made = towers.Export(export_folder), list(files[0])
   flat = page.run(STATE + '.then(app => Array.from(app.library.vectors.subarray(0, 100 * app.towers.dim)))')
-  tower = export.image_tower()
-  expected = tower(np.stack([pictures.read(file, export.size) for file in made]))
+  expected = export.image_tower()(np.stack([pictures.read(file, export.size) for file in made]))
   cosines = (np.reshape(flat, expected.shape) * expected).sum(axis=1)
   assert cosines.min() > 0.9999
   texts = [f'{word} {caption}' for word in ('a', 'the', '家族', 'ÉTÉ') for caption in colour_export.CAPTIONS[:25]]
@@ -124,20 +130,15 @@ def test_nothing_failed_and_nothing_left_the_machine(page, served):
   assert all(request.startswith((served, f'blob:{served}', 'about:', 'data:')) for request in page.requests)
 
 
-def test_a_bundle_says_what_is_wrong(export_folder, tmp_path):
-  """Served by any web server, without our headers; a damaged model is told to the person."""
-  if chromium.program() is None:
-    pytest.skip('there is no Chromium')
-  try:
-    site.bundle(site.files(towers.Export(export_folder)), tmp_path / 'site')
-  except UserError as error:
-    pytest.skip(str(error))
-  import functools
-  import http.server
+class Quiet(http.server.SimpleHTTPRequestHandler):
+  """Any web server, without our headers."""
 
-  class Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *_):
-      pass
+  def log_message(self, *_):
+    pass
+
+
+def test_a_bundle_works_elsewhere_and_says_what_is_wrong(listed, tmp_path):
+  site.bundle(listed, tmp_path / 'site')
   handler = functools.partial(Quiet, directory=str(tmp_path / 'site'))
   with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as plain:
     threading.Thread(target=plain.serve_forever, daemon=True).start()

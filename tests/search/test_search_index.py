@@ -185,5 +185,6 @@ def test_a_query_starts_no_jax(made):
             f'command.main(["query", {str(folder / "index")!r}, "red"])\nassert "jax" not in sys.modules')
   done = subprocess.run([sys.executable, '-W', 'error', '-c', script], capture_output=True, text=True, check=False)
   assert done.returncode == 0 and len(done.stdout.splitlines()) == 10, done.stderr
-  done = subprocess.run([sys.executable, '-m', 'lightclip_jax.search', 'query', '/nowhere', 'red'], capture_output=True, text=True)
+  done = subprocess.run([sys.executable, '-m', 'lightclip_jax.search', 'query', '/nowhere', 'red'], capture_output=True,
+                        text=True, check=False)
   assert done.returncode == 2 and done.stderr.startswith("error: '/nowhere' is no index") and done.stderr.count('\n') == 1
