@@ -12,7 +12,6 @@ from lightclip_jax.errors import UserError
 from lightclip_jax.models import lightclip
 from lightclip_jax.planning import hlo
 from lightclip_jax.planning.chips import Chip, Topology
-from lightclip_jax.training import checks
 from lightclip_jax.training.step import Trainer, abstract_batch
 
 SHOWN = 8          # largest arrays, and collectives, that a plan names
@@ -27,7 +26,6 @@ def make_plan(config: config_lib.Config, topology: Topology) -> dict[str, Any]:
   """
   devices = topology.devices()
   mesh = sharding.make_mesh(config.mesh, devices)
-  checks.check_batch(config, sharding.batch_shards(mesh))
   trainer = Trainer.create(config, mesh)
   plan = {'config': config.name, 'topology': topology.name, 'devices': len(devices), 'mesh': dict(mesh.shape),
           'batch_size': config.train.batch_size, 'accumulate': config.train.accumulate,

@@ -53,7 +53,6 @@ class Run:
     self._mesh = sharding.make_mesh(config.mesh)
     checks.check_steps(config)
     evaluator.tasks_of(config)
-    checks.check_batch(config, sharding.batch_shards(self._mesh))
     self._trainer = Trainer.create(config, self._mesh)
     self._abstract = self._trainer.abstract_state()
     with distributed.first_alone('data'):

@@ -18,6 +18,7 @@ from lightclip_jax import sharding
 from lightclip_jax.models import lightclip, norm
 from lightclip_jax.objectives.objective import Objective, Scales
 from lightclip_jax.outputs import Outputs
+from lightclip_jax.training import checks
 from lightclip_jax.training import optimizer as optimizer_lib
 from lightclip_jax.training import state as state_lib
 
@@ -73,7 +74,13 @@ class Trainer:
 
   @classmethod
   def create(cls, config: config_lib.Config, mesh: jax.sharding.Mesh) -> 'Trainer':
-    """Builds model, objective and optimizer from a config."""
+    """Builds model, objective and optimizer from a config.
+
+    Raises:
+      UserError: for a batch that does not divide into devices, micro-batches and groups: a group across devices would be
+        another set of examples than it says.
+    """
+    checks.check_batch(config, sharding.batch_shards(mesh))
     objective = Objective.from_config(config.objective, mesh=mesh, axes=sharding.BATCH_AXES)
     optimizer = optimizer_lib.make_optimizer(config.optimizer, config.train.steps)
     return cls(config, mesh, lightclip.LightCLIP(config.model, sharding.batch_shards(mesh)), objective, optimizer)

@@ -1,4 +1,4 @@
-"""Trainers that the tests of a session share."""
+"""Trainers that the tests of a file share."""
 import functools
 import pathlib
 import sys
@@ -14,7 +14,7 @@ from lightclip_jax import sharding  # noqa: E402
 from lightclip_jax.training.step import Trainer  # noqa: E402
 
 
-@pytest.fixture(scope='session')
+@pytest.fixture(scope='module')
 def trainer_of():
   """(devices, micro-batches) -> Trainer; equal arguments share one."""
   @functools.cache

@@ -22,6 +22,7 @@ from lightclip_jax.training import checkpoint as checkpoint_lib
 from lightclip_jax.training.step import Trainer, put_batch
 
 ROOT = pathlib.Path(__file__).parents[2]
+QUICK = dict(xla_backend_optimization_level=0)   # to compile
 
 WIDE = config_lib.replace(TINY, model=dict(text=dict(vocab_size=46)))   # a vocabulary that two devices can share
 
@@ -42,7 +43,7 @@ def test_losses_do_not_depend_on_the_mesh(monkeypatch):
   losses = []
   for count, mesh in ((1, {}), (8, {}), (8, dict(fsdp=2)), (8, dict(fsdp=2, tensor=2))):
     trainer = trainer_on(count, small, **mesh)
-    step, state = trainer.compile_step(), trainer.init_state()
+    step, state = trainer.lower_step().compile(QUICK), trainer.init_state()
     batches = [random_batch(trainer.mesh, seed)[1] for seed in range(4)]
     losses.append([])
     for k in range(20):
@@ -109,8 +110,7 @@ def test_two_processes_train_as_one_and_survive_a_loss(tmp_path, monkeypatch):
   workdir = tmp_path / 'two processes'
   command = ['bash', str(ROOT / 'launch' / 'local_multihost.sh'), '2', f'--config={config}:{tmp_path}',
              f'--workdir={workdir}', '--config.mesh.fsdp=2']
-  quick = dict(xla_backend_optimization_level=0, xla_llvm_disable_expensive_passes=True)   # to compile
-  environment = os.environ | {'XLA_FLAGS': ' '.join(f'--{name}={value}'.lower() for name, value in quick.items()),
+  environment = os.environ | {'XLA_FLAGS': ' '.join(f'--{name}={value}'.lower() for name, value in QUICK.items()),
                               'PYTHONWARNINGS': 'ignore', 'PYTHON': sys.executable,
                               'JAX_COMPILATION_CACHE_DIR': str(tmp_path / 'cache')}
   options = dict(cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -135,7 +135,7 @@ def test_two_processes_train_as_one_and_survive_a_loss(tmp_path, monkeypatch):
   monkeypatch.setattr(vit, 'DEPTH', vit.DEPTH)
   monkeypatch.setattr(vit, 'MAPS_AFTER', vit.MAPS_AFTER)
   hosts = config_lib.load(str(config))
-  losses, trainer = losses_alone(hosts, hosts.train.steps, quick)
+  losses, trainer = losses_alone(hosts, hosts.train.steps, QUICK)
   logged = {row['step']: row['train/loss'] for row in rows_of(workdir / 'metrics.jsonl') if 'train/loss' in row}
   np.testing.assert_allclose(list(logged.values()), losses, rtol=1e-5)
   for later in (16, 20):

@@ -9,8 +9,10 @@ import pytest
 from tiny import TINY
 
 from lightclip_jax import config as config_lib
+from lightclip_jax import sharding
 from lightclip_jax.errors import UserError
 from lightclip_jax.training import checks, metrics, optimizer
+from lightclip_jax.training.step import Trainer
 
 
 def test_learning_rate_warms_up_and_ends_at_zero():
@@ -57,12 +59,13 @@ def test_durations():
     (dict(train=dict(batch_size=60)), 8, ['train.batch_size', '60', '8']),
     (dict(train=dict(batch_size=64, accumulate=3)), 1, ['64', 'accumulate 3']),
     (dict(model=dict(batch_norm='group:32')), 8, ['model.batch_norm', '32', '16']),
+    (dict(train=dict(accumulate=2)), 8, ['model.batch_norm', '16', '8', 'accumulate 2']),
     (dict(model=dict(batch_norm='batch')), 1, ["'batch'", 'group:N']),
     (dict(objective=dict(token_matching=dict(group_size=3))), 1, ['group_size', '3', '128']),
 ])
 def test_batches_that_do_not_divide(changes, shards, parts):
   with pytest.raises(UserError) as error:
-    checks.check_batch(config_lib.replace(TINY, **changes), shards)
+    Trainer.create(config_lib.replace(TINY, **changes), sharding.make_mesh(TINY.mesh, jax.devices()[:shards]))
   assert all(part in str(error.value) for part in parts), error.value
 
 

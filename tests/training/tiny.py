@@ -17,6 +17,9 @@ TINY = config_lib.replace(
     train=dict(steps=200, batch_size=128, log_every=1),
     optimizer=dict(learning_rate=3e-3, ema_decay=0.9),
     evaluation=dict(every_steps=1000, batch_size=64))
+# MobileNetV2's stages with blocks of every kind, but half as many, which compile in less time.
+SHALLOW = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 1, 2), (6, 64, 1, 2), (6, 96, 2, 1), (6, 160, 1, 2), (6, 320, 1, 1))
+TEACHER = dict(distillation=dict(weight=config_lib.constant(0.3), teacher_dim=6))   # an objective's fourth term
 
 
 def random_batch(mesh: jax.sharding.Mesh, seed: int = 0, teacher_dim: int = 0) -> tuple[dict[str, np.ndarray], object]:
