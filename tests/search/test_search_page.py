@@ -13,8 +13,8 @@ from lightclip_jax.evaluation.matching import join_pieces
 from lightclip_jax.search import ranking
 
 LONG = ['', ' ', '   a   b  ', 'red ' * 5000, 'x' * 50000, '家族と犬' * 3000, '👩‍👩‍👧 family 👨🏽‍🚀', 'naïve café CAFÉ é',
-        '▁▁ a', 'ＦＵＬＬ width ½ ﬁ', 'ΣΊΣΥΦΟΣ İstanbul ẞ', "it's what they've we'll", '1234 12a b2', '\u0000\u0085\ufeff\u2028x',
-        '🏴󠁧󠁢󠁥󠁮󠁧󠁿 \u202e abc', '<s> </s> [MASK] <pad>']
+        '▁▁ a', 'ＦＵＬＬ width ½ ﬁ', 'ΣΊΣΥΦΟΣ İstanbul ẞ', "it's what they've we'll", '1234 12a b2', 
+        '\u0000\u0085\ufeff\u2028x', '🏴󠁧󠁢󠁥󠁮󠁧󠁿 \u202e abc', '<s> </s> [MASK] <pad>']
 SCRIPTS = [(0x20, 0x7f)] * 4 + [(0, 0x250), (0x300, 0x370), (0x370, 0x530), (0x590, 0x700), (0x900, 0xa00), (0x1100, 0x1200),
                                 (0x2000, 0x2500), (0x3000, 0x3400), (0x4e00, 0x9fff), (0xac00, 0xd7a4), (0xf900, 0xfffe),
                                 (0x1d400, 0x1d800), (0x1f300, 0x1fa00), (0x20000, 0x20100)]
