@@ -71,6 +71,12 @@ class Page:
     node = self.call('DOM.querySelector', nodeId=root, selector=selector)['nodeId']
     self.call('DOM.setFileInputFiles', nodeId=node, files=[str(file) for file in files])
 
+  def drop(self, path: pathlib.Path, x: int, y: int) -> None:
+    """A file or a folder, from outside the browser."""
+    data = {'items': [], 'files': [str(path)], 'dragOperationsMask': 1}
+    for event in ('dragEnter', 'dragOver', 'drop'):
+      self.call('Input.dispatchDragEvent', type=event, x=x, y=y, data=data)
+
   def type(self, text: str) -> None:
     """Into what has the focus."""
     self.call('Input.insertText', text=text)
@@ -126,10 +132,11 @@ def open_page(profile: pathlib.Path, *more: str) -> Iterator[Page]:
   try:
     yield Page(send, receive)
   finally:
-    os.close(send)   # the pipe's end is the browser's
-    os.close(receive)
+    os.write(send, b'{"id": 0, "method": "Browser.close"}\0')
     try:
       process.wait(10)
     except subprocess.TimeoutExpired:
       process.kill()
       process.wait()
+    os.close(send)
+    os.close(receive)

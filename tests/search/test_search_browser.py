@@ -86,7 +86,7 @@ def test_a_person_finds_the_picture(page, files):
   page.wait("!document.querySelector('#picked').open")
   yellow = next(file for file, colour in made.items() if colour == 'yellow')
   page.give_files('#by-picture', [yellow])
-  page.wait(f"document.querySelector('#status').textContent.includes('similar to {yellow.name}')")
+  page.wait(f"document.querySelector('#status').textContent.includes('to {yellow.name} first')")
   assert names(page)[0] == yellow.name and by_name[names(page)[8]] == 'yellow'
 
 
@@ -114,9 +114,17 @@ def test_embeddings_are_pythons(page, files, export_folder):
   assert (np.reshape(flat, expected.shape) * expected).sum(axis=1).min() > 0.99999
 
 
-def test_a_folder_a_narrow_screen_and_the_dark(page, files):
+def test_folders_chosen_and_dropped(page, files):
   page.give_files('#add-folder', [files[1] / '0'])   # the browser gives its paths, so these are new
   page.wait("document.querySelector('#status').textContent.includes('of 135')")
+  page.drop(files[1] / '1', 300, 400)
+  page.wait("document.querySelector('#status').textContent.includes('of 168')")
+  assert page.run(STATE + ".then(app => app.library.files.at(-1).fromFolder)").startswith('1/')
+  page.drop(files[1] / '1', 300, 400)
+  page.wait("document.querySelector('#status').textContent.includes('no picture among these')")
+
+
+def test_a_narrow_screen_and_the_dark(page):
   for width, dark in ((360, False), (1200, True)):
     page.resize(width, 740, dark)
     assert page.run('document.documentElement.scrollWidth') <= width

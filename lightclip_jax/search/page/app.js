@@ -41,7 +41,7 @@ export async function search() {
   const own = ++latest, text = $('#query').value.trim();
   try {
     const query = picture ? picture.vector : text ? await towers.ask('texts', [text]) : null;
-    if (own === latest) show(library.search(query, SHOWN), picture ? `similar to ${picture.name}` : text);
+    if (own === latest) show(library.search(query, SHOWN), picture ? picture.name : text && `“${text}”`);
   } catch (error) {
     if (own === latest) say(`The search failed: ${error.message}`, true);
   }
@@ -53,8 +53,9 @@ function show(answers, query) {
   for (const image of $('#results').querySelectorAll('img')) URL.revokeObjectURL(image.src);
   $('#results').replaceChildren(...answers.map(tile));
   if (count) {
-    const some = count > answers.length ? `The first ${answers.length} of ${count.toLocaleString()} pictures` : `${count} picture${count > 1 ? 's' : ''}`;
-    say(query ? `${some}, the nearest to “${query}” first.` : `${some}. Type what you look for.`);
+    const all = `${count.toLocaleString()} picture${count > 1 ? 's' : ''}`;
+    const some = count > answers.length ? `The first ${answers.length} of ${all}` : all;
+    say(query ? `${some}, the nearest to ${query} first.` : `${some}. Type what you look for.`);
   }
   const {failures} = library;
   $('#failures').hidden = !failures.length;
@@ -167,9 +168,8 @@ export const ready = (async () => {
   const {about, device} = await towers.ask('about');
   towers.dim = about.embed_dim;
   towers.scale = about.logit_scale;
-  const introduce = where => {
-    $('#model').textContent = `${about.name}, ${about.preprocessing.size} px, runs in this browser on ${where}. Nothing is uploaded.`;
-  };
+  const name = `${about.name}, ${about.preprocessing.size} px`;
+  const introduce = where => { $('#model').textContent = `${name}, runs in this browser on ${where}. Nothing is uploaded.`; };
   introduce(device);
   for (const part of document.querySelectorAll('#bar :disabled')) part.disabled = false;
   listen();

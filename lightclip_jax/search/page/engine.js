@@ -21,8 +21,8 @@ export class Engine {
 
   /** A tower with the runtime that runs it. */
   async session(ort, name, provider = 'wasm') {
-    const session = await ort.InferenceSession.create(await this.read(name), {executionProviders: [provider], logSeverityLevel: 3});
-    return {ort, session};
+    const options = {executionProviders: [provider], logSeverityLevel: 3};
+    return {ort, session: await ort.InferenceSession.create(await this.read(name), options)};
   }
 
   /** Takes the GPU for images where it gives the same answers sooner: a small tower is often done before a GPU has begun.
@@ -93,8 +93,9 @@ export class Engine {
     const mine = Float32Array.from(places.flatMap(place => Array.from(all.subarray(place * dim, (place + 1) * dim))));
     const shares = places.length ? plan(patches, mine, dim, tokens.epsilon) : [];
     const count = patches.length / dim, grid = Math.floor(Math.sqrt(count));
-    const words = joinPieces(places.map(place => this.tokenizer.pieces[ids[place]])).map(({word, places: own}) => ({
-      word, heat: Array.from({length: grid * grid}, (_, p) => own.reduce((sum, w) => sum + shares[p * places.length + w], 0))}));
+    const share = (p, own) => own.reduce((sum, w) => sum + shares[p * places.length + w], 0);
+    const words = joinPieces(places.map(place => this.tokenizer.pieces[ids[place]])).map(
+        ({word, places: own}) => ({word, heat: Array.from({length: grid * grid}, (_, p) => share(p, own))}));
     return {grid, words};
   }
 }

@@ -3,7 +3,7 @@
 import {nearest} from './ranking.js';
 
 const PART = 16;   // pictures between two looks at the rest of the page
-const PICTURE = /\.(jpe?g|jfif|png|webp|gif|bmp|avif)$/i;
+const SUFFIX = /\.(jpe?g|jfif|png|webp|gif|bmp|avif)$/i;
 
 export class Library {
   constructor(towers) {
@@ -16,7 +16,8 @@ export class Library {
 
   /** Reads the pictures among `files` that are new; `progress(done, of)` after each part, which stops it by returning false. */
   async add(files, progress) {
-    const wanted = files.filter(file => (file.type.startsWith('image/') || PICTURE.test(file.name)) && !this.known.has(key(file)));
+    const isPicture = file => file.type.startsWith('image/') || SUFFIX.test(file.name);
+    const wanted = files.filter(file => isPicture(file) && !this.known.has(key(file)));
     for (let start = 0; start < wanted.length; start += PART) {
       if (progress(start, wanted.length) === false) return wanted.length;
       const part = wanted.slice(start, start + PART);
