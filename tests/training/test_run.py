@@ -20,7 +20,7 @@ STEPS = 30
 
 
 def command(workdir, *overrides):
-  return [sys.executable, '-m', 'lightclip_jax.main', f'--config={CONFIG}', f'--workdir={workdir}', *overrides]
+  return [sys.executable, '-m', 'lightclip_jax.main', f'--config={CONFIG}:shallow', f'--workdir={workdir}', *overrides]
 
 
 @pytest.fixture(scope='module')
@@ -86,8 +86,10 @@ def test_a_run_that_is_killed_and_stopped_continues_bit_for_bit(tmp_path, enviro
   assert other.returncode == 2 and 'another config' in other.stderr and other.stderr.count('\n') == 1
 
   out = tmp_path / 'results.json'
-  evaluated = subprocess.run([sys.executable, '-m', 'lightclip_jax.evaluate', f'--checkpoint={whole}', f'--out={out}'],
-                             cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+  program = ('import runpy, tiny_config; tiny_config.get_config("shallow"); '
+             'runpy.run_module("lightclip_jax.evaluate", run_name="__main__")')
+  evaluated = subprocess.run([sys.executable, '-c', program, f'--checkpoint={whole}', f'--out={out}'], capture_output=True,
+                             cwd=ROOT, text=True, timeout=400, env=environment | {'PYTHONPATH': str(CONFIG.parent)})
   assert evaluated.returncode == 0, evaluated.stderr
   alone, at_end = (json.loads(path.read_text())['metrics'] for path in (out, whole / 'results.json'))
   assert [(m['name'], m['value']) for m in alone] == [(m['name'], m['value']) for m in at_end]
