@@ -2,8 +2,9 @@
 
 const EPSILON_MARGINAL = 1e-6, MOST_ITERATIONS = 5000;
 
-/** Float64Array [P·W]: the plan that minimises <plan, 1 − cosine> − epsilon·entropy, one-to-one on the smaller side; what is
- * left of the larger side goes to a slack item of no cost. `patches` [P·d] and `words` [W·d] are unit vectors, row by row. */
+/** Float64Array [P·W]: the plan that minimises <plan, 1 − cosine> − epsilon·entropy, one-to-one on the smaller side;
+ * what is left of the larger side goes to a slack item of no cost. `patches` [P·d] and
+ * `words` [W·d] are unit vectors, row by row. */
 export function plan(patches, words, dim, epsilon) {
   const [P, W] = [patches.length / dim, words.length / dim];
   const [n, m] = [P + (W > P), W + (P > W)];   // with the slack item

@@ -55,7 +55,7 @@ async function match(file, url, towers) {
   const text = $('#words').value.trim();
   const found = await towers.ask('match', {file, text});
   $('#matching-note').textContent = found
-      ? 'Each word’s share in the one-to-one matching of words and patches that the model learned with: white is an average share or less.'
+      ? 'Each word’s share in the one-to-one matching of words and patches; white is an average share or less.'
       : 'This export has no token heads, which only training needs; lightclip_jax.export --tokens writes them too.';
   return found ? found.words.map(({word, heat}) => overlay(word, heat, found.grid, url)) : [];
 }

@@ -37,7 +37,7 @@ function pass(source, start, sourceLine, sourceStep, target, targetLine, targetS
   }
 }
 
-/** [{from, by}] of output pixels first … first + count − 1: the first input pixel, and the weights of the following ones. */
+/** [{from, by}] of output pixels first … first + count − 1: the first input pixel, and the weights from there. */
 function weights(before, after, first, count) {
   if (before === after) return Array.from({length: count}, (_, x) => ({from: x + first, by: Int32Array.of(1 << BITS)}));
   const scale = before / after, stretch = Math.max(scale, 1), support = 2 * stretch;

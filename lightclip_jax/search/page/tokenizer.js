@@ -101,7 +101,7 @@ function parse(bytes) {
       model.pieces.push(piece);
     } else if (field === 2) {
       const kind = [...fields(value)].find(([inner]) => inner === 3)?.[1] ?? 1;
-      if (kind !== 1) throw new Error(`the tokenizer is a SentencePiece model of type ${kind}; this page reads unigram models (1)`);
+      if (kind !== 1) throw new Error(`the SentencePiece model is of type ${kind}; this page reads unigram models (1)`);
     } else if (field === 3) {
       for (const [inner, x] of fields(value)) {
         if (inner === 2) model.normalizer.charsmap = x;
@@ -201,7 +201,8 @@ export class BytePairs {
     this.normalizers = steps(file.normalizer, 'normalizers').map(normalizerStep);
     this.split = splitter(steps(file.pre_tokenizer, 'pretokenizers'));
     this.added = (file.added_tokens ?? []).map(token => {
-      if (token.lstrip || token.rstrip || token.single_word) throw new Error(`this page cannot read the token ${token.content}`);
+      const plain = !token.lstrip && !token.rstrip && !token.single_word;
+      if (!plain) throw new Error(`this page cannot read the token ${token.content}`);
       this.pieces[token.id] = token.content;
       return {id: token.id, raw: !token.normalized, content: token.normalized ? this.normal(token.content) : token.content};
     });
@@ -225,7 +226,7 @@ export class BytePairs {
   cut(text, raw) {
     const tokens = new Map(this.added.filter(token => token.raw === raw).map(token => [token.content, token.id]));
     if (!tokens.size) return [text];
-    const pattern = [...tokens.keys()].sort((a, b) => b.length - a.length).map(x => x.replace(/[.*+?^${}()|[\]\\]/g, '\\$&'));
+    const pattern = [...tokens.keys()].sort((a, b) => b.length - a.length).map(escaped);
     return text.split(new RegExp(`(${pattern.join('|')})`)).filter(x => x).map(x => tokens.get(x) ?? x);
   }
 
@@ -268,7 +269,11 @@ function steps(part, name) {
 
 /** A regular expression of Hugging Face's (Oniguruma) as JavaScript's; \s is Unicode's white space there. */
 function pattern({Regex, String: exact}) {
-  return new RegExp(exact === undefined ? Regex.replaceAll('\\s', '\\p{White_Space}') : exact.replace(/[.*+?^${}()|[\]\\]/g, '\\$&'), 'gu');
+  return new RegExp(exact === undefined ? Regex.replaceAll('\\s', '\\p{White_Space}') : escaped(exact), 'gu');
+}
+
+function escaped(text) {
+  return text.replace(/[.*+?^${}()|[\]\\]/g, '\\$&');
 }
 
 function normalizerStep(step) {
@@ -285,7 +290,8 @@ function splitter(parts) {
   const [split, bytes] = parts;
   const known = parts.length === 2 && split.type === 'Split' && split.behavior === 'Removed' && split.invert &&
       bytes.type === 'ByteLevel' && !bytes.add_prefix_space;
-  if (!known) throw new Error(`the tokenizer splits words by ${parts.map(part => part.type).join(', ')}; this page knows CLIP's way alone`);
+  const names = parts.map(part => part.type).join(', ');
+  if (!known) throw new Error(`the tokenizer splits words by ${names}; this page knows CLIP's way alone`);
   const found = text => Array.from(text.matchAll(pattern(split.pattern)), ([word]) => word);
   return bytes.use_regex === false ? found : text => found(text).flatMap(word => word.match(GPT2));
 }

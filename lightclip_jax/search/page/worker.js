@@ -1,4 +1,4 @@
-// Runs the towers beside the page, so that it never stops answering. Messages {id, task, argument} in, {id, answer | error} out.
+// Runs the towers beside the page, so that it never stops answering: {id, task, argument} in, {id, answer | error} out.
 
 import {Engine} from './engine.js';
 
