@@ -15,6 +15,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
   parser.add_argument('--format', required=True, choices=('onnx', 'stablehlo', 'open_clip'))
   parser.add_argument('--out', required=True, help='the folder to write')
   parser.add_argument('--int8', action='store_true', help='onnx: writes OUT/int8 too, quantised dynamically')
+  parser.add_argument('--tokens', action='store_true', 
+                      help="onnx: writes the token heads too, which only training and the search page's matching use")
   parser.add_argument('--data', help="a prepared folder to verify on; without it: the config's data set, if it is here")
   parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
   return parser.parse_args(argv)
@@ -27,7 +29,7 @@ def main(args: argparse.Namespace) -> None:
 
   loaded = checkpoint.load(storage.path(args.checkpoint))
   data = pathlib.Path(args.data) if args.data else None
-  for line in export.export(loaded, args.format, pathlib.Path(args.out), data=data, int8=args.int8):
+  for line in export.export(loaded, args.format, pathlib.Path(args.out), data=data, int8=args.int8, tokens=args.tokens):
     print(line, flush=True)
 
 

@@ -4,6 +4,7 @@ import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import numpy as np
 
 from lightclip_jax.errors import UserError
@@ -19,7 +20,7 @@ TOKENIZER_FILE = 'tokenizer.model'
 
 
 def export(loaded: checkpoint.Loaded, kind: str, out: pathlib.Path, *, data: pathlib.Path | None = None,
-           int8: bool = False) -> Iterator[str]:
+           int8: bool = False, tokens: bool = False) -> Iterator[str]:
   """Writes and verifies the folder, and yields lines that say what was measured.
 
   Args:
@@ -28,12 +29,14 @@ def export(loaded: checkpoint.Loaded, kind: str, out: pathlib.Path, *, data: pat
     out: the folder; it is made, or must be empty or an earlier export.
     data: a prepared folder to verify on; None: the config's data set, if it is on this machine.
     int8: for onnx: writes `out/int8` too.
+    tokens: for onnx: writes the token heads of training too, beside the towers, which stay as they are.
 
   Raises:
     UserError: for a folder with something else in it, a missing package, or an export that is not the model.
   """
-  if int8 and kind != 'onnx':
-    raise UserError(f'--int8 is for --format=onnx, not for {kind}')
+  for flag, given in (('--int8', int8), ('--tokens', tokens)):
+    if given and kind != 'onnx':
+      raise UserError(f'{flag} is for --format=onnx, not for {kind}')
   if out.exists() and (not out.is_dir() or any(out.iterdir()) and not (out / exported.MODEL_FILE).is_file()):
     raise UserError(f'{str(out)!r} holds something else; give a new folder')
   out.mkdir(parents=True, exist_ok=True)
@@ -57,12 +60,26 @@ def export(loaded: checkpoint.Loaded, kind: str, out: pathlib.Path, *, data: pat
   _finish(out, about)
   yield _cosine_line(about['cosines'])
   verify.check(about['cosines'])
+  if tokens:
+    yield from _token_heads(out, about, loaded, towers, inputs)
   if int8:
     models.append(_quantized(out, about, models[0], inputs))
     yield 'int8: ' + _cosine_line(models[-1][1])
     models[-1] = models[-1][0]
   if kind == 'onnx':
     yield from _comparison(models, towers, out, data)
+
+
+def _token_heads(out: pathlib.Path, about: dict[str, Any], loaded: checkpoint.Loaded, towers: towers_lib.Towers,
+                 inputs: Any) -> Iterator[str]:
+  heads = towers_lib.token_heads(loaded)
+  written = onnx_files.write_token_heads(towers, heads, loaded.config.objective.token_matching.epsilon, out)
+  names = {'image': heads[0], 'text': heads[1]}
+  cosines = verify.cosines({name: jax.jit(head) for name, head in names.items()},
+                           {name: exported.onnx_tower(out / written[name]) for name in names}, inputs)
+  yield 'token heads: ' + _cosine_line(cosines)
+  verify.check(cosines)
+  _finish(out, {**about, 'tokens': written})
 
 
 def _quantized(out: pathlib.Path, about: dict[str, Any], reference: model_lib.Model, inputs: Any) -> tuple[Any, Any]:

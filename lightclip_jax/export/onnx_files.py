@@ -1,5 +1,6 @@
 """ONNX: one file a tower. The image graph takes uint8 and normalises inside; the batch size is free."""
 import pathlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lightclip_jax.export import onnx_graph
@@ -19,6 +20,16 @@ def write(towers: Towers, folder: pathlib.Path) -> dict[str, Any]:
   onnx.save(onnx_graph.convert(towers.text, towers.text_item, 'tokens', 'embedding'), folder / 'text.onnx')
   return {'format': 'onnx', 'image': 'image.onnx', 'text': 'text.onnx', 'opset': onnx_graph.OPSET,
           'ir_version': onnx_graph.IR_VERSION}
+
+
+def write_token_heads(towers: Towers, heads: Sequence[Callable], epsilon: float, folder: pathlib.Path) -> dict[str, Any]:
+  """Writes `image_tokens.onnx` (-> [batch, P, d]) and `text_tokens.onnx` (-> [batch, W, d]); returns what `model.json` says
+  about them. The towers' own files stay as they are. Raises UserError as `write` does."""
+  onnx = optional('onnx')
+  for head, item, given, name in zip(heads, (towers.image_item, towers.text_item), ('image', 'tokens'), ('image', 'text'),
+                                     strict=True):
+    onnx.save(onnx_graph.convert(head, item, given, 'embeddings'), folder / f'{name}_tokens.onnx')
+  return {'image': 'image_tokens.onnx', 'text': 'text_tokens.onnx', 'epsilon': epsilon}
 
 
 def quantize(source: pathlib.Path, folder: pathlib.Path) -> None:

@@ -57,3 +57,24 @@ def from_checkpoint(loaded: checkpoint.Loaded) -> Towers:
   return Towers(dataclasses.replace(loaded, config=config, variables=variables),
                 functools.partial(apply, method='encode_image'), functools.partial(apply, method='encode_text'),
                 jax.ShapeDtypeStruct((size, size, 3), jnp.uint8), jax.ShapeDtypeStruct((context,), jnp.int32))
+
+
+def token_heads(loaded: checkpoint.Loaded) -> tuple[Callable[[jax.Array], jax.Array], Callable[[jax.Array], jax.Array]]:
+  """What the matching of patches and words compares, with parameters of training only.
+
+  Returns:
+    Functions (uint8 [b, S, S, 3] -> float32 [b, P, d], int32 [b, W] -> float32 [b, W, d]), unit vectors.
+  """
+  config = config_lib.replace(loaded.config, model=dict(compute_dtype='float32'))
+  variables = jax.tree.map(np.asarray, loaded.variables)
+  heads = variables['params'][lightclip.TRAINING_ONLY]
+  no_patch, no_word = (np.zeros((1, 1, heads[f'{side}_token_projection']['kernel'].shape[0]), np.float32)   # the other side's
+                       for side in ('image', 'text'))
+
+  def image(clip: lightclip.LightCLIP, images: jax.Array) -> jax.Array:
+    return clip.training_only.tokens(clip.image_features(images).tokens_BxHxWxF, no_word)[0]
+
+  def text(clip: lightclip.LightCLIP, tokens: jax.Array) -> jax.Array:
+    return clip.training_only.tokens(no_patch[None], clip.text(tokens)[1])[1]
+  apply = functools.partial(lightclip.LightCLIP(config.model).apply, variables)
+  return functools.partial(apply, method=image), functools.partial(apply, method=text)

@@ -8,13 +8,13 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 
 from lightclip_jax.data import tokenizers
 from lightclip_jax.errors import UserError
 
 MODEL_FILE = 'model.json'
+FIELDS = ('preprocessing', 'context', 'embed_dim', 'logit_scale')
 
 
 def load(folder: pathlib.Path) -> dict[str, Any]:
@@ -23,21 +23,33 @@ def load(folder: pathlib.Path) -> dict[str, Any]:
   Raises:
     UserError: if `model.json` cannot be read or a file that it names is missing.
   """
+  about, files = describe(folder)
+  open_tower = READERS[about['format']]
+  return {**{name: about[name] for name in FIELDS}, 'tokenizer': tokenizers.load(files['tokenizer']),
+          'image_tower': open_tower(files['image']), 'text_tower': open_tower(files['text'])}
+
+
+def describe(folder: pathlib.Path) -> tuple[dict[str, Any], dict[str, pathlib.Path]]:
+  """What `model.json` says, `FIELDS` at least, and the files 'image', 'text' and 'tokenizer' that it names.
+
+  Raises:
+    UserError: if it cannot be read, is of a format that nothing here runs, or a file that it names is missing.
+  """
   try:
     about = json.loads((folder / MODEL_FILE).read_text(encoding='utf-8'))
     kind = about['format']
     files = {name: folder / about[name] for name in ('image', 'text', 'tokenizer')} if kind in READERS else {}
-    fields = {name: about[name] for name in ('preprocessing', 'context', 'embed_dim', 'logit_scale')}
+    missing = [name for name in FIELDS if name not in about]
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise UserError(f'{str(folder / MODEL_FILE)!r} does not describe an exported model ({error!r})') from error
   if kind not in READERS:
     raise UserError(f'{str(folder)!r} is an export for {kind}; load the checkpoint, or an export for {" or ".join(READERS)}')
-  open_tower = READERS[kind]
+  if missing:
+    raise UserError(f'{str(folder / MODEL_FILE)!r} does not describe an exported model (it lacks {", ".join(missing)})')
   for name, file in files.items():
     if not file.is_file():
       raise UserError(f'{str(folder)!r} lacks its {name} file {file.name!r}')
-  return {**fields, 'tokenizer': tokenizers.load(files['tokenizer']),
-          'image_tower': open_tower(files['image']), 'text_tower': open_tower(files['text'])}
+  return about, files
 
 
 def onnx_tower(file: pathlib.Path, threads: int = 0) -> Callable[[np.ndarray], np.ndarray]:
@@ -61,12 +73,13 @@ def onnx_tower(file: pathlib.Path, threads: int = 0) -> Callable[[np.ndarray], n
   return lambda batch: session.run(None, {name: batch})[0]
 
 
-def stablehlo_tower(file: pathlib.Path) -> Callable[[np.ndarray], jax.Array]:
+def stablehlo_tower(file: pathlib.Path) -> Callable[[np.ndarray], Any]:
   """A tower that `jax.export` serialised, weights included; compiled once for each batch size.
 
   Raises:
     UserError: if the file is damaged.
   """
+  import jax  # here alone: ONNX files are read without it
   try:
     return jax.jit(jax.export.deserialize(bytearray(file.read_bytes())).call)
   except Exception as error:   # flatbuffers and MLIR have errors of their own

@@ -1,0 +1,218 @@
+"""An index: embeddings of pictures in a plain .npy file, and beside it `index.json` with their paths.
+
+Letters: N pictures, n pictures of a part, S image size, D embedding.
+"""
+import concurrent.futures
+import dataclasses
+import json
+import math
+import multiprocessing
+import os
+import pathlib
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import tqdm
+
+from lightclip_jax import storage
+from lightclip_jax.data import processes
+from lightclip_jax.errors import UserError
+from lightclip_jax.search import pictures, ranking
+from lightclip_jax.search.towers import Export
+
+FILE_NAME = 'index.json'
+_PART = 64             # pictures that a process takes at a time
+_SAVE_SECONDS = 60     # what a killed process loses at most
+_COLUMNS = ('paths', 'sizes', 'times')
+
+File = tuple[str, int, int]   # path below the folder, bytes, modification time in ns
+
+
+@dataclasses.dataclass(frozen=True)
+class Index:
+  """What lies in an index folder.
+
+  Attributes:
+    folder: of the pictures.
+    model: the export that embedded them.
+    fingerprint: of that export.
+    files: one a row.
+    bad: those that could not be read, with the reason.
+    vectors_NxD: float32, unit norm, a read-only memory map.
+  """
+  folder: str
+  model: str
+  fingerprint: str
+  files: list[File]
+  bad: dict[File, str]
+  vectors_NxD: np.ndarray
+
+  def nearest(self, query_D: np.ndarray, top: int) -> list[dict[str, str | float]]:
+    """The `top` best pictures: [{'path', 'cosine'}, …], best first."""
+    rows, cosines = ranking.nearest(self.vectors_NxD, query_D, top)
+    return [{'path': os.path.join(self.folder, self.files[row][0]), 'cosine': float(cosine)}
+            for row, cosine in zip(rows, cosines, strict=True)]
+
+
+def load(out: pathlib.Path) -> Index:
+  """Reads an index.
+
+  Raises:
+    UserError: if `out` is none, or is damaged.
+  """
+  try:
+    about = json.loads((out / FILE_NAME).read_text(encoding='utf-8'))
+    vectors_NxD = np.load(out / about['embeddings'], mmap_mode='r')[:about['count']]
+    files = list(zip(*(about[name] for name in _COLUMNS), strict=True))
+    bad = {(path, size, changed): reason for path, size, changed, reason in about['bad']}
+    index = Index(about['folder'], about['model'], about['fingerprint'], files, bad, vectors_NxD)
+  except FileNotFoundError as error:
+    raise UserError(f'{str(out)!r} is no index ({pathlib.Path(error.filename).name} is missing); make one with: '
+                    'python -m lightclip_jax.search index') from error
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise UserError(f'the index {str(out)!r} is damaged ({error!r}); delete it and index again') from error
+  if vectors_NxD.ndim != 2 or len(vectors_NxD) != len(files):
+    raise UserError(f'the index {str(out)!r} is damaged: {list(vectors_NxD.shape)} embeddings for {len(files)} pictures')
+  return index
+
+
+def update(folder: pathlib.Path, export: Export, out: pathlib.Path, workers: int | None = None) -> tuple[Index, int]:
+  """Makes the index `out`, or embeds what is new or changed since it was made (by path, size and time); what is gone is left
+  out. It is replaced at once, every minute too, so that an interrupted run goes on where it was.
+
+  Args:
+    folder: the pictures, recursively.
+    export: the model.
+    out: a new folder, or an earlier index of the same pictures.
+    workers: processes; None: one a core.
+
+  Returns:
+    The index, and how many pictures were embedded now.
+
+  Raises:
+    UserError: if `folder` cannot be read, or `out` is something else or belongs to other pictures or another model.
+  """
+  found = list(pictures.find(folder))
+  earlier = _earlier(folder, export, out)
+  kept = {file: row for row, file in enumerate(earlier.files)} if earlier else {}
+  bad = {file: earlier.bad[file] for file in found if file in earlier.bad} if earlier else {}
+  rows = [kept[file] for file in found if file in kept]
+  new = [file for file in found if file not in kept and file not in bad]
+  if earlier and not new and len(rows) == len(kept) and len(bad) == len(earlier.bad):
+    return earlier, 0
+  with _Writer(out, folder, export, bad) as writer:
+    for start in range(0, len(rows), 65536):
+      part = rows[start:start + 65536]
+      writer.add([earlier.files[row] for row in part], earlier.vectors_NxD[part])
+    for files, vectors_nxD, failures in _embed(folder, new, export, workers):
+      bad.update(failures)
+      writer.add(files, vectors_nxD)
+  return load(out), len(new) - sum(file in bad for file in new)
+
+
+def _earlier(folder: pathlib.Path, export: Export, out: pathlib.Path) -> Index | None:
+  if not (out / FILE_NAME).is_file():
+    # A run that was killed before its first minute leaves embeddings alone.
+    if out.exists() and (not out.is_dir() or any(not file.match('embeddings-*.npy') for file in out.iterdir())):
+      raise UserError(f'{str(out)!r} holds something else; give a new folder')
+    return None
+  index = load(out)
+  for what, was, now in (('pictures', index.folder, str(folder.absolute())),
+                         ('model', index.fingerprint, export.fingerprint())):
+    if was != now:
+      is_of = repr(was) if what == 'pictures' else f'{index.model!r} as it was, not {str(export.folder)!r} as it is'
+      raise UserError(f'the index {str(out)!r} is of the {what} {is_of}; give another --out')
+  return index
+
+
+class _Writer:
+  """Appends embeddings to a new file of the index; whatever ends the block, what was added is in the index."""
+
+  def __init__(self, out: pathlib.Path, folder: pathlib.Path, export: Export, bad: dict[File, str]):
+    self._out, self._bad, self._files = out, bad, []
+    self._name = f'embeddings-{time.time_ns()}.npy'
+    self._about = {'folder': str(folder.absolute()), 'model': str(export.folder), 'fingerprint': export.fingerprint()}
+    self._dim = export.about['embed_dim']
+
+  def __enter__(self) -> '_Writer':
+    self._out.mkdir(parents=True, exist_ok=True)
+    self._stream = (self._out / self._name).open('wb')
+    self._header()
+    self._saved = time.monotonic()
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self._save()
+    self._stream.close()
+
+  def add(self, files: Sequence[File], vectors_nxD: np.ndarray) -> None:
+    self._files += files
+    self._stream.write(np.ascontiguousarray(vectors_nxD, np.float32).tobytes())
+    if time.monotonic() - self._saved > _SAVE_SECONDS:
+      self._save()
+      self._saved = time.monotonic()
+
+  def _header(self) -> None:
+    shape = len(self._files), self._dim   # numpy leaves room in it for more rows: its length stays
+    np.lib.format.write_array_header_1_0(self._stream, {'descr': '<f4', 'fortran_order': False, 'shape': shape})
+
+  def _save(self) -> None:
+    self._stream.seek(0)
+    self._header()
+    self._stream.seek(0, os.SEEK_END)
+    self._stream.flush()
+    os.fsync(self._stream.fileno())
+    columns = dict(zip(_COLUMNS, zip(*self._files, strict=True) if self._files else ([], [], []), strict=True))
+    bad = [[*file, reason] for file, reason in self._bad.items()]
+    storage.write_text(self._out / FILE_NAME, json.dumps(
+        {**self._about, 'embeddings': self._name, 'count': len(self._files), **columns, 'bad': bad}))
+    for other in self._out.glob('embeddings-*.npy'):
+      if other.name != self._name:
+        other.unlink()   # who still reads it keeps it
+
+
+def _embed(folder: pathlib.Path, files: list[File], export: Export, workers: int | None
+           ) -> Iterator[tuple[list[File], np.ndarray, dict[File, str]]]:
+  """(files that were read, their embeddings [n, D], {bad file: reason}) a part, in order."""
+  if not files:
+    return
+  parts = [files[i:i + _PART] for i in range(0, len(files), _PART)]
+  count = min(workers or os.cpu_count() or 1, len(parts))
+  pool = concurrent.futures.ProcessPoolExecutor(   # not multiprocessing's, which hangs when a process is killed
+      count, multiprocessing.get_context('spawn'), _start, (os.getpid(), folder, export.folder))
+  try:
+    with tqdm.tqdm(total=len(files), desc='pictures', unit=' pictures', disable=None) as bar:
+      for part, (good, vectors_nxD, reasons) in zip(parts, pool.map(_embed_part, parts), strict=True):
+        bar.update(len(part))
+        yield [part[i] for i in good], vectors_nxD, {part[i]: reason for i, reason in reasons.items()}
+  except concurrent.futures.BrokenExecutor as error:
+    raise UserError(f'a process that reads the pictures ended (out of memory?); {count} were running: give fewer with '
+                    '--processes, and run the command again: it goes on where it was') from error
+  finally:
+    pool.shutdown(cancel_futures=True)
+
+
+def _start(parent: int, folder: pathlib.Path, model: pathlib.Path) -> None:
+  global _worker
+  processes.start_worker(parent)
+  export = Export(model)
+  _worker = folder, export.size, export.image_tower(), export.about['embed_dim']
+
+
+def _embed_part(files: list[File]) -> tuple[list[int], np.ndarray, dict[int, str]]:
+  """(places of those that were read, their embeddings [n, D], {place: why not})."""
+  folder, size, tower, dim = _worker
+  images, reasons = {}, {}
+  for place, (path, _, _) in enumerate(files):
+    try:
+      images[place] = pictures.read(folder / path, size)
+    except UserError as error:
+      reasons[place] = str(error)
+  if not images:
+    return [], np.zeros((0, dim), np.float32), reasons
+  vectors_nxD = tower(np.stack(list(images.values())))
+  for place, vector_D in zip(list(images), vectors_nxD, strict=True):
+    if not math.isfinite(vector_D.sum()):
+      raise UserError(f'the model gives no finite embedding for {str(folder / files[place][0])!r}')
+  return list(images), vectors_nxD, reasons

@@ -1,0 +1,190 @@
+"""The index and its queries: exact, incremental, whole whatever happens, and one clear line for every mistake."""
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import colour_export
+import numpy as np
+import PIL.Image
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightclip_jax.data import transforms
+from lightclip_jax.errors import UserError
+from lightclip_jax.search import __main__ as command
+from lightclip_jax.search import index, pictures, ranking, towers
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 300), st.integers(1, 40), st.sampled_from([3, 64, 513]))
+def test_nearest_is_the_brute_force_ranking(seed, count, top, dim):
+  rng = np.random.default_rng(seed)
+  vectors = rng.normal(size=(count, dim)).astype(np.float32)
+  vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+  vectors[rng.integers(count, size=count // 2)] = vectors[0]   # ties
+  rows, cosines = ranking.nearest(vectors, vectors[-1], top)
+  expected = (vectors.astype(np.float64) * vectors[-1].astype(np.float64)).sum(axis=1)
+  np.testing.assert_array_equal(rows, np.argsort(-expected, kind='stable')[:top])
+  np.testing.assert_array_equal(cosines, expected[rows])
+
+
+def test_nearest_over_several_chunks_and_nothing(monkeypatch):
+  monkeypatch.setattr(ranking, '_CHUNK', 7)
+  vectors = np.eye(20, dtype=np.float32)
+  rows, cosines = ranking.nearest(vectors, vectors[16], 3)
+  assert rows.tolist() == [16, 0, 1] and cosines.tolist() == [1, 0, 0]
+  assert all(len(x) == 0 for x in ranking.nearest(vectors[:0], vectors[0], 3))
+
+
+@pytest.fixture(scope='module')
+def made(export_folder, tmp_path_factory):
+  """Pictures of which two are bad, and their index."""
+  folder = tmp_path_factory.mktemp('made')
+  files = colour_export.pictures(folder / 'pictures', 80)
+  (folder / 'pictures/2/cut.png').write_bytes(next(iter(files)).read_bytes()[:200])
+  (folder / 'pictures/2/text.jpg').write_text('not a picture')
+  (folder / 'pictures/.hidden').mkdir()
+  (folder / 'pictures/.hidden/a.png').write_bytes(next(iter(files)).read_bytes())
+  (folder / 'pictures/notes.txt').write_text('no picture, by its name')
+  result, embedded = index.update(folder / 'pictures', towers.Export(export_folder), folder / 'index', workers=2)
+  assert embedded == 80
+  return folder, files, result
+
+
+def test_every_picture_is_there_with_its_embedding_and_bad_ones_are_named(made, export_folder):
+  folder, files, result = made
+  assert {folder / 'pictures' / path for path, _, _ in result.files} == set(files)
+  assert sorted(pathlib.Path(path).name for path, _, _ in result.bad) == ['cut.png', 'text.jpg']
+  assert all('cannot read the picture' in reason and '\n' not in reason for reason in result.bad.values())
+  tower = towers.Export(export_folder).image_tower()
+  for (path, _, _), vector in list(zip(result.files, result.vectors_NxD, strict=True))[::9]:
+    image = transforms.evaluation_transform(np.asarray(PIL.Image.open(folder / 'pictures' / path).convert('RGB')), 32)
+    np.testing.assert_allclose(vector, tower(image[None])[0], atol=1e-3)   # JPEG decoders differ by a little
+  plain = np.load(next((folder / 'index').glob('*.npy')))
+  np.testing.assert_array_equal(plain, result.vectors_NxD)
+
+
+def test_words_and_pictures_find_their_colour(made, capsys):
+  folder, files, _ = made
+  for colour in ('red', 'cyan', 'black'):
+    command.main(['query', str(folder / 'index'), f'a {colour} picture', '--top=10', '--json'])
+    answers = json.loads(capsys.readouterr().out)
+    assert [files[pathlib.Path(answer['path'])] for answer in answers] == [colour] * 10
+    assert answers == sorted(answers, key=lambda answer: -answer['cosine'])
+  first = next(iter(files))
+  command.main(['query', str(folder / 'index'), f'--image={first}', '--top=2'])
+  lines = capsys.readouterr().out.splitlines()
+  assert len(lines) == 2 and lines[0] == f'1.0000  {first}'
+
+
+def test_only_what_is_new_or_changed_is_embedded(export_folder, tmp_path, monkeypatch, capsys):
+  files = list(colour_export.pictures(tmp_path / 'pictures', 9))
+  export, out = towers.Export(export_folder), tmp_path / 'index'
+  (tmp_path / 'pictures/bad.png').write_bytes(b'no')
+  seen = []
+
+  def embed(folder, wanted, *_):
+    seen.extend(path for path, _, _ in wanted)
+    if wanted:
+      yield ([file for file in wanted if file[0] != 'bad.png'],
+             np.full((sum(file[0] != 'bad.png' for file in wanted), colour_export.DIM), len(seen), np.float32),
+             {file: 'bad' for file in wanted if file[0] == 'bad.png'})
+  monkeypatch.setattr(index, '_embed', embed)
+  assert index.update(tmp_path / 'pictures', export, out)[1] == 9
+  assert index.update(tmp_path / 'pictures', export, out)[1] == 0 and len(seen) == 10   # the bad one is remembered
+  before = set(out.iterdir())
+  files[0].unlink()
+  os.utime(files[1], ns=(1, 1))
+  files[2].write_bytes(files[3].read_bytes())
+  (tmp_path / 'pictures/bad.png').unlink()
+  seen.clear()
+  result, embedded = index.update(tmp_path / 'pictures', export, out)
+  assert embedded == 2 and sorted(seen) == sorted(os.path.relpath(f, tmp_path / 'pictures') for f in files[1:3])
+  assert len(result.files) == 8 and not result.bad and len(set(out.iterdir()) - before) == 1 == len(before - set(out.iterdir()))
+  old = [row for row, (path, _, _) in enumerate(result.files) if path not in seen]
+  assert (result.vectors_NxD[old] == 10).all() and (np.delete(result.vectors_NxD, old, axis=0) == 2).all()
+
+
+def test_an_interrupted_run_keeps_what_it_had(export_folder, tmp_path, monkeypatch):
+  colour_export.pictures(tmp_path / 'pictures', 9)
+  export, out = towers.Export(export_folder), tmp_path / 'index'
+  stop = True
+
+  def embed(folder, wanted, *_):
+    yield wanted[:4], np.zeros((4, colour_export.DIM), np.float32), {}
+    if stop:
+      raise KeyboardInterrupt
+    yield wanted[4:], np.ones((len(wanted) - 4, colour_export.DIM), np.float32), {}
+  monkeypatch.setattr(index, '_embed', embed)
+  with pytest.raises(KeyboardInterrupt):
+    index.update(tmp_path / 'pictures', export, out)
+  assert len(index.load(out).files) == 4
+  stop = False
+  result, embedded = index.update(tmp_path / 'pictures', export, out)
+  assert embedded == 5 and len(result.files) == 9 and result.vectors_NxD.shape == (9, colour_export.DIM)
+  (out / 'index.json').unlink()   # killed before the first save
+  assert index.update(tmp_path / 'pictures', export, out)[1] == 9
+
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+def test_photographs_are_turned_upright(tmp_path, orientation):
+  upright = np.zeros((64, 48, 3), np.uint8)
+  upright[:32, :24], upright[32:, 24:] = (255, 0, 0), (0, 0, 255)
+  turns = {1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud, 5: lambda a: a.swapaxes(0, 1),
+           6: lambda a: np.rot90(a, 1), 7: lambda a: np.rot90(a, 2).swapaxes(0, 1), 8: lambda a: np.rot90(a, -1)}
+  exif = PIL.Image.Exif()
+  exif[0x0112] = orientation
+  stored = PIL.Image.fromarray(np.ascontiguousarray(turns[orientation](upright)))
+  stored.save(tmp_path / 'a.jpg', exif=exif, quality=98, subsampling=0)
+  got = pictures.read(tmp_path / 'a.jpg', 16).astype(int)
+  assert np.abs(got - transforms.evaluation_transform(upright, 16)).max() < 12
+
+
+def test_mistakes_are_one_clear_line(made, export_folder, tmp_path):
+  folder, files, _ = made
+  built = str(folder / 'index')
+  other = colour_export.write(tmp_path / 'other', tokens=False)
+  (other / 'text.onnx').write_bytes((other / 'text.onnx').read_bytes() + b'\0')
+  outside = colour_export.write(tmp_path / 'outside')
+  (outside / 'model.json').write_text((outside / 'model.json').read_text().replace('"image.onnx"', '"../other/image.onnx"'))
+  linked = colour_export.write(tmp_path / 'linked')
+  (linked / 'image.onnx').unlink()
+  (linked / 'image.onnx').symlink_to(other / 'image.onnx')
+  jax_only = tmp_path / 'jax'
+  jax_only.mkdir()
+  about = {**json.loads((other / 'model.json').read_text()), 'format': 'stablehlo'}
+  (jax_only / 'model.json').write_text(json.dumps(about))
+  for name in ('image.onnx', 'text.onnx', 'tokenizer.model'):
+    (jax_only / name).touch()
+  (tmp_path / 'broken').mkdir()
+  (tmp_path / 'broken/index.json').write_text('{"folder": 1')
+  pictures_folder, model = str(folder / 'pictures'), f'--model={export_folder}'
+  for arguments, words in (
+      (['query', built], 'give one query'), (['query', built, 'a', '--image=b'], 'give one query'),
+      (['query', str(tmp_path), 'a'], 'is no index'), (['query', str(tmp_path / 'broken'), 'a'], 'is damaged'),
+      (['query', built, 'a', f'--model={other}'], 'is not the model that made'),
+      (['query', built, '--image=/nowhere.png'], "cannot read the picture '/nowhere.png'"),
+      (['index', '/nowhere', model, f'--out={tmp_path}/new'], "'/nowhere' is no folder"),
+      (['index', pictures_folder, model, f'--out={tmp_path}'], 'holds something else'),
+      (['index', pictures_folder, f'--model={other}', f'--out={built}'], 'is of the model'),
+      (['index', str(tmp_path), model, f'--out={built}'], 'is of the pictures'),
+      (['index', pictures_folder, f'--model={tmp_path}', '--out=x'], 'does not describe an exported model'),
+      (['index', pictures_folder, f'--model={jax_only}', '--out=x'], 'is an export for stablehlo'),
+      (['serve', f'--model={outside}'], 'lies elsewhere'), (['serve', f'--model={linked}'], 'lies elsewhere')):
+    with pytest.raises(UserError, match=words) as error:
+      command.main(arguments)
+    assert '\n' not in str(error.value)
+
+
+def test_a_query_starts_no_jax(made):
+  folder, _, _ = made
+  script = ('import sys\nfrom lightclip_jax.search import __main__ as command\n'
+            f'command.main(["query", {str(folder / "index")!r}, "red"])\nassert "jax" not in sys.modules')
+  done = subprocess.run([sys.executable, '-W', 'error', '-c', script], capture_output=True, text=True, check=False)
+  assert done.returncode == 0 and len(done.stdout.splitlines()) == 10, done.stderr
+  done = subprocess.run([sys.executable, '-m', 'lightclip_jax.search', 'query', '/nowhere', 'red'], capture_output=True,
+                        text=True, check=False)
+  assert done.returncode == 2 and done.stderr.startswith("error: '/nowhere' is no index") and done.stderr.count('\n') == 1
