@@ -14,7 +14,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
   parser.add_argument('--checkpoint', required=True, help='a workdir of lightclip_jax.main, or one of its checkpoints')
   parser.add_argument('--task', action='append', default=[], metavar='NAME',
                       help='a task to run; may be repeated. Without it: the splits that the config names')
-  parser.add_argument('--data', help="a prepared folder; without it: the config's data set")
+  parser.add_argument('--data', help="a prepared folder or KIND:PATH; without it: the config's data set")
   parser.add_argument('--batch_size', type=int, help="examples at a time; without it: the config's")
   parser.add_argument('--out', required=True, help='the JSON file to write')
   parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
@@ -35,7 +35,7 @@ def main(args: argparse.Namespace) -> None:
   config = loaded.config
   embedder = Embedder(LightCLIP(config.model), config.model, loaded.variables, loaded.tokenizer,
                       batch_size=args.batch_size or config.evaluation.batch_size)
-  folder = args.data or datasets.resolve(config.data.dataset)
+  folder = datasets.resolve(args.data or config.data.dataset, config.data)
   run = evaluate.evaluate_tasks if args.task else evaluate.evaluate_all
   results = run(embedder, folder, args.task or config.evaluation.splits)
   print(metrics.format_table(results))

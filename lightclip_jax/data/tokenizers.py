@@ -2,10 +2,14 @@
 
 Letters: N texts, W text positions.
 """
+import gzip
+import html
 import io
 import pathlib
+import re
+import zlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import sentencepiece
@@ -15,6 +19,7 @@ from lightclip_jax.errors import UserError
 
 class Tokenizer(Protocol):
   """What the pipeline, the model's checks and the plots need of a tokenizer."""
+  suffix: str                       # of its file, which tells its kind
   vocab_size: int
   pad_id: int
   start_id: int
@@ -40,6 +45,8 @@ class Tokenizer(Protocol):
 
 class SentencePieceTokenizer:
   """A SentencePiece model with pad, start, end and [MASK] tokens. Raises UserError for a model without them."""
+
+  suffix = '.model'
 
   def __init__(self, model: bytes):
     self._model = model
@@ -108,7 +115,132 @@ def train(captions: Iterable[str], vocab_size: int) -> SentencePieceTokenizer:
   return SentencePieceTokenizer(out.getvalue())
 
 
-KINDS: dict[str, Callable[[bytes], Tokenizer]] = {'.model': SentencePieceTokenizer}   # by file suffix
+class HuggingFaceTokenizer:
+  """A `tokenizer.json` of Hugging Face's tokenizers. Raises UserError for a file that is none, or lacks pad, start or end.
+
+  Its own templates and padding are left aside: a text is always start, words, end, padding. Where it has no mask token,
+  one more id after its last stands for it.
+  """
+  suffix = '.json'
+  # What the special tokens are usually called.
+  _PAD = ('<pad>', '[PAD]', '<|pad|>', '<|endoftext|>')
+  _START = ('<s>', '[CLS]', '<bos>', '[BOS]', '<|startoftext|>', '<start_of_text>')
+  _END = ('</s>', '[SEP]', '<eos>', '[EOS]', '<|endoftext|>', '<end_of_text>')
+  _MASK = ('<mask>', '[MASK]', '<|mask|>')
+
+  def __init__(self, model: bytes):
+    import tokenizers  # named as this file
+    self._model = model
+    try:
+      self._fast = tokenizers.Tokenizer.from_str(model.decode())
+    except Exception as error:   # its exceptions are plain `Exception`s
+      raise UserError(f'a file of {len(model)} bytes is no tokenizer.json of Hugging Face ({str(error)[:80]})') from error
+    self._finish(*(self._id(names) for names in (self._PAD, self._START, self._END)))
+
+  def _id(self, names: Sequence[str]) -> int:
+    for name in names:
+      if (number := self._fast.token_to_id(name)) is not None:
+        return number
+    raise UserError(f'the tokenizer.json has none of the tokens {", ".join(names)}; it must have pad, start and end')
+
+  def _finish(self, pad: int, start: int, end: int) -> None:
+    """Takes the special ids; `pad` may be an ordinary word's, since padding is told by its place."""
+    fast = self._fast
+    fast.no_truncation()
+    fast.no_padding()
+    fast.encode_special_tokens = True   # "[MASK]" in a caption is text like any other
+    known = fast.get_vocab(with_added_tokens=True)
+    mask = next((known[name] for name in self._MASK if name in known), max(known.values()) + 1)
+    self.vocab_size = max(*known.values(), mask) + 1
+    self.pad_id, self.start_id, self.end_id, self.mask_id = pad, start, end, mask
+    self.special_ids = tuple(dict.fromkeys((start, end, mask) if self._is_ordinary(pad) else (pad, start, end, mask)))
+
+  def _is_ordinary(self, number: int) -> bool:
+    return number not in self._fast.get_added_tokens_decoder()
+
+  def _clean(self, text: str) -> str:
+    return text
+
+  def encode(self, texts: Sequence[str], context: int) -> np.ndarray:
+    """See `Tokenizer.encode`."""
+    tokens_NxW = np.full((len(texts), context), self.pad_id, np.int32)
+    for row_W, text in zip(tokens_NxW, texts, strict=True):
+      ids = self._fast.encode(self._clean(text), add_special_tokens=False).ids
+      words = [self.start_id, *ids[:context - 2], self.end_id]
+      row_W[:len(words)] = words
+    return tokens_NxW
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """See `Tokenizer.decode`."""
+    ids = np.asarray(ids)
+    return self._fast.decode(ids[self.word_mask(ids)].tolist()).strip()
+
+  def pieces(self, ids: Sequence[int]) -> list[str]:
+    """See `Tokenizer.pieces`."""
+    return [self._fast.id_to_token(int(i)) or '[MASK]' for i in ids]
+
+  def word_mask(self, tokens: np.ndarray) -> np.ndarray:
+    """See `Tokenizer.word_mask`; what follows the end token is padding."""
+    before_end = np.cumsum(tokens == self.end_id, axis=-1) == 0
+    return before_end & ~np.isin(tokens, self.special_ids)
+
+  def to_bytes(self) -> bytes:
+    """See `Tokenizer.to_bytes`."""
+    return self._model
+
+  def __reduce__(self) -> tuple[Any, ...]:
+    return type(self), (self._model,)
+
+
+class ClipTokenizer(HuggingFaceTokenizer):
+  """OpenAI CLIP's byte pairs from `bpe_simple_vocab_16e6.txt.gz`; its ids are open_clip's, and one more is [MASK].
+
+  Texts are cleaned as there: ftfy, HTML entities, white space, lower case. Padding is 0, which also is "!".
+  """
+  suffix = '.gz'
+  _MERGES = 49152 - 256 - 2
+  _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+  def __init__(self, model: bytes):
+    import ftfy
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
+    self._model, self._fix = model, ftfy.fix_text
+    try:
+      lines = gzip.decompress(model).decode().split('\n')
+      merges = [(left, right) for left, right in map(str.split, lines[1:self._MERGES + 1])]
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+      raise UserError(f"a file of {len(model)} bytes is not CLIP's vocabulary of byte pairs ({error})") from error
+    letters = _byte_letters()
+    pieces = [*letters, *(letter + '</w>' for letter in letters), *(left + right for left, right in merges),
+              '<start_of_text>', '<end_of_text>']
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    self._fast = tokenizers.Tokenizer(models.BPE(vocabulary, merges, end_of_word_suffix='</w>'))
+    self._fast.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(tokenizers.Regex(self._WORDS), 'removed', invert=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    self._fast.decoder = decoders.Sequence([decoders.Replace('</w>', 'Ġ'), decoders.ByteLevel()])   # that letter is a space
+    self._finish(0, vocabulary['<start_of_text>'], vocabulary['<end_of_text>'])
+
+  def _is_ordinary(self, number: int) -> bool:
+    return number == self.pad_id
+
+  def _clean(self, text: str) -> str:
+    text = html.unescape(html.unescape(self._fix(text))).strip()
+    return re.sub(r'\s+', ' ', text).strip().lower()
+
+
+def _byte_letters() -> list[str]:
+  """A visible letter for each byte, in the order of GPT-2's byte pairs: printable ones stand for themselves."""
+  visible = [*range(ord('!'), ord('~') + 1), *range(ord('¡'), ord('¬') + 1), *range(ord('®'), ord('ÿ') + 1)]
+  return [chr(byte) for byte in visible] + [chr(256 + i) for i in range(256 - len(visible))]
+
+
+KINDS: dict[str, Callable[[bytes], Tokenizer]] = {   # by file suffix
+    '.model': SentencePieceTokenizer,
+    '.json': HuggingFaceTokenizer,
+    '.gz': ClipTokenizer,
+}
 
 
 def from_bytes(data: bytes, suffix: str = '.model') -> Tokenizer:

@@ -12,7 +12,7 @@ from lightclip_jax.errors import UserError
 
 # These may change between a run and its continuation: they do not change what is learnt.
 FREE = ('train.log_every', 'train.accumulate', 'checkpoint', 'evaluation', 'mesh', 'data.workers', 'data.prefetch',
-        'data.dataset', 'name')
+        'data.dataset', 'data.tokenizer', 'data.image_root', 'data.max_faults', 'name')
 
 
 def check_batch(config: config_lib.Config, shards: int) -> None:
