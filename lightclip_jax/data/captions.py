@@ -1,5 +1,7 @@
 """Captions out of files that anyone may have written."""
+import html
 import json
+import unicodedata
 from typing import Any
 
 from lightclip_jax.data.faults import BadRecord
@@ -18,6 +20,12 @@ def of_value(value: Any) -> tuple[str, ...]:
   if not (kept := tuple(text.strip() for text in texts if text.strip())):
     raise BadRecord('no_caption')
   return kept
+
+
+def clean(text: str) -> str:
+  """Without HTML entities, control characters and repeated white space."""
+  text = ''.join(' ' if unicodedata.category(letter) == 'Cc' else letter for letter in html.unescape(html.unescape(text)))
+  return ' '.join(text.split())
 
 
 def of_lines(data: bytes) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Callable
+from typing import Any
 
 from lightclip_jax import config as configs
 from lightclip_jax.data import indexes, manifest, sources, tokenizers
@@ -50,13 +51,18 @@ def resolve(name: str, options: configs.Data | None = None) -> pathlib.Path:
     manifest.load(folder)
     return folder
   options = options or configs.Data()
+  contents = about(name, options)
+  return _point_to(name, contents, _tokenizer_file(name, contents, options))
+
+
+def about(name: str, options: configs.Data) -> dict[str, Any]:
+  """What `sources.open_parts` opens, for KIND:PATH or several. Raises as `resolve`."""
   parts = [_spec(part.strip(), options) for part in name.split(_PLUS)]
   if options.weights and (len(options.weights) != len(parts) or min(options.weights) <= 0):
     raise UserError(f'data.weights is {options.weights}; {name!r} needs {len(parts)} numbers above 0')
   if options.holdout_every < 0 or options.holdout_every == 1:
     raise UserError(f'data.holdout_every is {options.holdout_every}; it must be 0 (none) or at least 2')
-  about = {'parts': [part.json() for part in parts], 'weights': options.weights, 'holdout_every': options.holdout_every}
-  return _point_to(name, about, _tokenizer_file(name, parts, options))
+  return {'parts': [part.json() for part in parts], 'weights': options.weights, 'holdout_every': options.holdout_every}
 
 
 def _prepared(name: str) -> pathlib.Path:
@@ -82,17 +88,17 @@ def _spec(name: str, options: configs.Data) -> Spec:
   return dataclasses.replace(spec, index=str(cache() / 'indexes' / indexes.digest(spec.json())))
 
 
-def _tokenizer_file(name: str, parts: list[Spec], options: configs.Data) -> pathlib.Path:
+def _tokenizer_file(name: str, contents: dict[str, Any], options: configs.Data) -> pathlib.Path:
   if options.tokenizer:
     return pathlib.Path(options.tokenizer).expanduser()
-  for part in parts:
-    if part.kind == 'array_record':
-      return pathlib.Path(part.path) / manifest.load(part.path).tokenizer
+  for part in contents['parts']:
+    if part['kind'] == 'array_record':
+      return pathlib.Path(part['path']) / manifest.load(part['path']).tokenizer
   raise UserError(f'{name!r} brings no tokenizer; set data.tokenizer to a file (python -m lightclip_jax.prepare tokenizer '
                   'makes one)')
 
 
-def _point_to(name: str, about: dict, tokenizer_file: pathlib.Path) -> pathlib.Path:
+def _point_to(name: str, about: dict[str, Any], tokenizer_file: pathlib.Path) -> pathlib.Path:
   """A folder in the cache with the tokenizer and a manifest of what the sources hold now."""
   tokenizer = tokenizers.load(tokenizer_file)
   file = f'tokenizer{tokenizer.suffix}'

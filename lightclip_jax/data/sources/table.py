@@ -80,7 +80,10 @@ class CsvSource(TableSource):
     end = int(self._ends[0]) if len(self._ends) else 0
     header = self._folder.read(self._file, 0, end).decode('utf-8-sig', 'replace')
     self._separator = '\t' if '\t' in header else ','
-    columns = next(csv.reader(io.StringIO(header), delimiter=self._separator), [])
+    try:
+      columns = next(csv.reader(io.StringIO(header, newline=''), delimiter=self._separator), [])
+    except csv.Error as error:
+      raise UserError(f'{self.spec.path!r} has no header that can be read: {error}') from error
     self._image = _column(columns, self.spec.image_column, IMAGE_COLUMNS, self.spec.path)
     self._caption = _column(columns, self.spec.caption_column, CAPTION_COLUMNS, self.spec.path)
 
@@ -100,8 +103,8 @@ class CsvSource(TableSource):
 
   def _parse(self, row: bytes) -> tuple[Any, Any]:
     try:
-      values = next(csv.reader(io.StringIO(row.decode('utf-8'), newline=''), delimiter=self._separator, strict=True), [])
-      values = values or next(csv.reader(io.StringIO(row.decode('utf-8').strip()), delimiter=self._separator, strict=True), [])
+      rows = csv.reader(io.StringIO(row.decode('utf-8'), newline=''), delimiter=self._separator, strict=True)
+      values = next((values for values in rows if values), [])   # empty lines before it are the row's
     except UnicodeDecodeError as error:
       raise BadRecord('bad_caption') from error
     except csv.Error as error:
