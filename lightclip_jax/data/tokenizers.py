@@ -199,7 +199,7 @@ class ClipTokenizer(HuggingFaceTokenizer):
   """
   suffix = '.gz'
   _MERGES = 49152 - 256 - 2
-  _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+  _WORDS = r"'[sſ]|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"   # ſ is an s where case is ignored, as there
 
   def __init__(self, model: bytes):
     import ftfy

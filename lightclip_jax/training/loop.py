@@ -56,6 +56,7 @@ class Run:
     self._abstract = self._trainer.abstract_state()
     with distributed.first_alone('data'):
       folder = datasets.resolve(config.data.dataset, config.data)
+    checks.check_splits(config, folder)
     self._tokenizer = pipeline.load_tokenizer(folder)
     checks.check_tokenizer(config, self._tokenizer)
     if not workdir.exists():   # a run that continues needs these files no more
