@@ -83,9 +83,9 @@ class Work:
     source = self._sources[split]
     starts = range(0, len(source), writer.RECORDS_PER_SHARD)
     shards = [f'{split}-{number:05d}.array_record' for number in range(len(starts))]
-    missing = [(start, shard) for start, shard in zip(starts, shards, strict=True)
-               if not (self._folder / (shard + _NOTE)).is_file()]
-    done = len(source) - sum(min(writer.RECORDS_PER_SHARD, len(source) - start) for start, _ in missing)
+    missing = [(start, min(start + writer.RECORDS_PER_SHARD, len(source)), shard)
+               for start, shard in zip(starts, shards, strict=True) if not (self._folder / (shard + _NOTE)).is_file()]
+    done = len(source) - sum(stop - start for start, stop, _ in missing)
     job = functools.partial(_part, source, self._folder, self._options)
     with tqdm.tqdm(total=len(source), initial=done, desc=f'preparing {split}', unit=' pairs', mininterval=0.5) as bar:
       for count in _each(job, missing, workers):
@@ -108,10 +108,9 @@ def _each(job: Callable, items: list[Any], workers: int) -> Iterator[int]:
       raise
 
 
-def _part(source: sources.Source, folder: pathlib.Path, options: Options, item: tuple[int, str]) -> int:
+def _part(source: sources.Source, folder: pathlib.Path, options: Options, item: tuple[int, int, str]) -> int:
   """Writes one shard and its note; returns how many records were looked at."""
-  start, shard = item
-  stop = min(start + writer.RECORDS_PER_SHARD, len(source))
+  start, stop, shard = item
   note: dict[str, Any] = {'shard': shard, 'left_out': {}, **{name: [] for name in _COLUMNS}}
   with _shard_writer(folder / (shard + '.partial')) as file:
     for index in range(start, stop):

@@ -151,15 +151,20 @@ def decode_crop(data: bytes, size: int, rng: np.random.Generator, *, scale: tupl
     raise BadRecord('oversized', f'{width} x {height}')
   top, left, h, w = crop_box(height, width, rng, scale, ratio)
   image_HxWx3 = _decode_jpeg(data, min_height=math.ceil(height * size / h), min_width=math.ceil(width * size / w))
-  rows, columns = (_scaled(start, length, new, old) for start, length, new, old in (
-      (top, h, image_HxWx3.shape[0], height), (left, w, image_HxWx3.shape[1], width)))
-  return _resize(image_HxWx3[rows, columns], size)
+  # It is decoded at exactly n/8; a part of a pixel that this leaves at the far edges becomes a whole one.
+  scaled = round(8 * max(image_HxWx3.shape[:2]) / max(height, width)) / 8
+  return _crop_resize(image_HxWx3, tuple(scaled * number for number in (top, left, h, w)), size)
 
 
-def _scaled(start: int, length: int, new: int, old: int) -> slice:
-  """A run of `old` pixels in an image of `new` pixels; never empty."""
-  first = min(round(start * new / old), new - 1)
-  return slice(first, max(first + 1, round((start + length) * new / old)))
+def _crop_resize(image_HxWx3: np.ndarray, box: tuple[float, float, float, float], size: int) -> np.ndarray:
+  """The part at (top, left, height, width), which may lie between pixels, as uint8 [S, S, 3], in one call."""
+  top, left, h, w = box
+  if min(h, w) >= 2 * size:   # bilinear would skip pixels; and of so many, fractions do not matter
+    return _resize(image_HxWx3[round(top):round(top + h), round(left):round(left + w)], size)
+  y, x = h / size, w / size
+  place = np.array([[x, 0, left + x / 2 - 0.5], [0, y, top + y / 2 - 0.5]])   # of an output pixel's middle in the image
+  return cv2.warpAffine(image_HxWx3, place, (size, size), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+                        borderMode=cv2.BORDER_REPLICATE)
 
 
 def random_resized_crop(image_HxWx3: np.ndarray, size: int, rng: np.random.Generator, *, scale: tuple[float, float],

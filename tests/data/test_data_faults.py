@@ -46,7 +46,7 @@ def bad_pairs():
   return ([('empty', b'', text)] * 5
           + [('not_image', data, text) for data in (b'hello', b'<html></html>', b'%PDF-1.4', bytes(100), b'RIFF....WAVE')]
           + [('truncated', good[:len(good) * part // 10], text) for part in range(2, 10)]
-          + [('truncated', _png(1)[:-part], text) for part in (13, 40, 100, 200)]
+          + [('truncated', _png(1)[:-part], text) for part in (40, 60, 100, 200)]
           + [('oversized', _bomb(), text)] * 5
           + [('no_caption', good, caption) for caption in (b'', b' ', b'\n', b'\n \t\n', b'\xef\xbb\xbf')]
           + [('bad_caption', good, bytes([60 + i, 0xff, 0xfe])) for i in range(8)])
@@ -71,7 +71,7 @@ def _csv(folder, rows):
   lines = [b'filepath,title']
   for number, (_, image, caption) in enumerate(rows):
     (folder / f'{number:04d}.jpg').write_bytes(image)
-    lines.append(b'%04d.jpg,"%s"' % (number, caption.replace(b'\xef\xbb\xbf', b'')))
+    lines.append(b'%04d.jpg,"%s"' % (number, caption.replace(b'\xef\xbb\xbf', b'').replace(b'"', b'""')))
   (folder / 'x.csv').write_bytes(b'\n'.join(lines))
   return f'csv:{folder}/x.csv'
 
@@ -80,7 +80,8 @@ def _jsonl(folder, rows):
   lines = []
   for number, (_, image, caption) in enumerate(rows):
     (folder / f'{number:04d}.jpg').write_bytes(image)
-    caption = caption.replace(b'\xef\xbb\xbf', b'').replace(b'\n', b'\\n').replace(b'\t', b'\\t')
+    for plain, escaped in ((b'\xef\xbb\xbf', b''), (b'\n', b'\\n'), (b'\t', b'\\t'), (b'"', b'\\"')):
+      caption = caption.replace(plain, escaped)
     lines.append(b'{"filepath": "%04d.jpg", "title": "%s"}' % (number, caption))
   (folder / 'x.jsonl').write_bytes(b'\n'.join(lines))
   return f'jsonl:{folder}/x.jsonl'
