@@ -203,22 +203,45 @@ def test_nothing_outside_the_folder_is_opened(tmp_path, name, monkeypatch):
   assert error.value.reason == 'outside' and [os.path.basename(path) for path in opened] == ['x.csv']
 
 
-def test_tfds_without_tensorflow(tmp_path, made):
-  tfds = pytest.importorskip('tensorflow_datasets')
-  from tensorflow_datasets.core import dataset_builders
-  rows = source_files.pairs(6)
-  features = tfds.features.FeaturesDict({'image': tfds.features.Image(encoding_format='jpeg'), 'caption': tfds.features.Text()})
-  try:
-    dataset_builders.store_as_tfds_dataset(
-        name='tiny_pairs', version='1.0.0', features=features, data_dir=tmp_path, file_format='array_record',
-        split_datasets={'train': [{'image': np.full((8, 8, 3), 9 * i, np.uint8), 'caption': text}
-                                  for i, (_, _, text) in enumerate(rows)]})
-  except ImportError as error:
-    pytest.skip(f'this TFDS writes with TensorFlow only: {error}')
-  names = {'t': 'tfds:tiny_pairs@train'}
-  options = config.replace(made[1], image_root=str(tmp_path))
+def _write_tfds(folder, rows, features):
+  """A prepared set as TFDS lays it out; TFDS itself writes with TensorFlow only."""
+  from array_record.python import array_record_module
+  from tensorflow_datasets.proto import tf_example_generated_pb2 as proto
+  folder = folder / 'tiny_pairs/1.0.0'
+  folder.mkdir(parents=True)
+  features.save_config(folder)
+  writer = array_record_module.ArrayRecordWriter(str(folder / 'tiny_pairs-train.array_record-00000-of-00001'), 'group_size:1')
+  for row in rows:
+    example = proto.Example()
+    for name, value in row.items():
+      values = example.features.feature[name]
+      values.int64_list.value.append(value) if isinstance(value, int) else values.bytes_list.value.append(value)
+    writer.write(example.SerializeToString())
+  writer.close()
+  (folder / 'dataset_info.json').write_text(json.dumps({
+      'name': 'tiny_pairs', 'version': '1.0.0', 'fileFormat': 'array_record', 'splits': [
+          {'name': 'train', 'shardLengths': [str(len(rows))], 'numBytes': '1',
+           'filepathTemplate': '{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}'}]}))
+
+
+@pytest.mark.parametrize('labels', [False, True])
+def test_tfds_without_tensorflow(tmp_path, made, labels):
+  import tensorflow_datasets as tfds
+  pairs = source_files.pairs(6)
+  image = tfds.features.Image(encoding_format='jpeg')
+  if labels:
+    features = tfds.features.FeaturesDict({'image': image, 'label': tfds.features.ClassLabel(names=['red_fox', 'dog'])})
+    rows = [{'image': data, 'label': i % 2} for i, (_, data, _) in enumerate(pairs)]
+    expected = [(data, (('red fox', 'dog')[i % 2],)) for i, (_, data, _) in enumerate(pairs)]
+  else:
+    features = tfds.features.FeaturesDict({'image': image, 'caption': tfds.features.Text()})
+    rows = [{'image': data, 'caption': text.encode()} for _, data, text in pairs]
+    expected = [(data, (text,)) for _, data, text in pairs]
+  _write_tfds(tmp_path, rows, features)
+  names, options = {'t': 'tfds:tiny_pairs@train'}, config.replace(made[1], image_root=str(tmp_path))
   source = sources.open_split(datasets.resolve(names['t'], options), 'train')
-  assert sorted(record.captions for record in map(source.__getitem__, range(6))) == sorted((text,) for _, _, text in rows)
+  assert [(record.image, record.captions) for record in map(source.__getitem__, range(6))] == expected
+  assert pickle.loads(pickle.dumps(source))[5] == source[5]
   assert len(_take(_batches((names, options), 't', options=options), 2)) == 2
 
 
