@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: makes .venv beside them and installs requirements.txt, once for each content of that file.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -74,7 +74,7 @@ install() {
   run gcloud compute tpus tpu-vm scp "$archive" "$name:lightclip_jax.tar.gz" "${where[@]}" --worker=all
   run rm -f "$archive"
   on_all "mkdir -p lightclip_jax && tar -xzf lightclip_jax.tar.gz -C lightclip_jax && cd lightclip_jax && \
-python3 -m venv .venv && .venv/bin/pip install --quiet -r requirements.txt 'jax[tpu]'"
+python3 -m venv .venv && .venv/bin/pip install --quiet -r requirements.txt 'jax[tpu]' gcsfs"
   [ -z "$nfs" ] || on_all "mountpoint -q /mnt/share || { sudo apt-get install -yq nfs-common && sudo mkdir -p /mnt/share && \
 sudo mount $(printf %q "$nfs") /mnt/share && sudo chmod a+rwx /mnt/share; }"
 }

@@ -29,6 +29,11 @@ class Schedule:
   finish: float = 1.0
   shape: Literal['linear', 'cosine'] = 'linear'
 
+  @property
+  def is_zero(self) -> bool:
+    """Whether it is 0 throughout."""
+    return (self.start, self.end) == (0, 0)
+
 
 def constant(value: float) -> Schedule:
   """A schedule that does not change."""
@@ -134,11 +139,20 @@ class MaskedLM:
 
 
 @dataclasses.dataclass(frozen=True)
+class Distillation:
+  """A teacher's similarities as soft targets (docs/OBJECTIVES.md, 4). Weight 0: not computed, and no teacher is read."""
+  weight: Schedule = constant(0.0)
+  temperature: float = 0.02    # T of the teacher's softmax; `lightclip_jax.prepare teacher` prints the teacher's own
+  teacher_dim: int = 512       # E: the teacher's embedding; `lightclip_jax.prepare teacher` prints it
+
+
+@dataclasses.dataclass(frozen=True)
 class Objective:
-  """L = contrastive + token matching + masked LM, each with its own weight."""
+  """L = contrastive + token matching + masked LM + distillation, each with its own weight."""
   contrastive: Contrastive = Contrastive()
   token_matching: TokenMatching = TokenMatching()
   masked_lm: MaskedLM = MaskedLM()
+  distillation: Distillation = Distillation()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,14 +197,18 @@ class Checkpoint:
   every_steps: int = 1000
   every_minutes: float = 15.0
   keep: int = 3
+  best: str = ''               # a metric such as 'eval/heldout_style/concept_top1': its best checkpoint is kept as well
+  best_mode: Literal['max', 'min'] = 'max'
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
   """When and how to evaluate during training; always once at the end."""
   every_steps: int = 1000
+  every_minutes: float = 0.0   # and whenever so much time has passed; 0: by steps alone
   batch_size: int = 256        # global; the last batch is padded
   splits: tuple[str, ...] = ('heldout_images', 'heldout_style', 'heldout_concepts')
+  tasks: tuple[str, ...] = ()  # more tasks by name (docs/EVALUATION.md), such as 'linear_probe:digits'
 
 
 @dataclasses.dataclass(frozen=True)

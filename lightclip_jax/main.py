@@ -1,19 +1,17 @@
 """Trains a LightCLIP: python -m lightclip_jax.main --config=configs/mbv2.py:quickstart --workdir=DIR"""
 import argparse
 import os
-import pathlib
 import sys
 
-from lightclip_jax import cli
+from lightclip_jax import cli, storage
 from lightclip_jax import config as config_lib
-from lightclip_jax.errors import UserError
 
 
 def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, config_lib.Config]:
   """The command line's flags and the config that they make.
 
   Raises:
-    UserError: for a config file, variant, key or value that does not exist or fit.
+    UserError: for a config file, variant, key or value that does not exist or fit, or a bucket that is not reached.
   """
   parser = argparse.ArgumentParser(
       prog='python -m lightclip_jax.main', description='Trains a LightCLIP, or continues a run that was stopped.',
@@ -21,11 +19,10 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, config_lib
              '--config.train.steps=500')
   parser.add_argument('--config', required=True, metavar='FILE[:VARIANT]',
                       help='a config; any option of it as --config.a.b=value')
-  parser.add_argument('--workdir', required=True, type=pathlib.Path, help='folder of the run; with history, it is continued')
+  parser.add_argument('--workdir', required=True, help='folder of the run, on a disk or gs://; with history, it is continued')
   parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
   flags, rest = parser.parse_known_args(argv)
-  if flags.workdir.parts[:1] in (('gs:',), ('s3:',)):
-    raise UserError(f'workdir is in a bucket ({flags.workdir}); mount it, or a disk that all hosts share (docs/SCALE.md)')
+  flags.workdir = storage.path(flags.workdir)
   return flags, config_lib.load(flags.config, cli.config_overrides(rest))
 
 

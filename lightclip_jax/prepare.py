@@ -1,4 +1,4 @@
-"""Makes a data folder to train on: `python -m lightclip_jax.prepare KIND --out=DIR`."""
+"""Makes a data folder to train on, or adds to it: `python -m lightclip_jax.prepare KIND --out=DIR`."""
 import argparse
 import functools
 import os
@@ -32,6 +32,7 @@ def _describe(out: pathlib.Path) -> None:
 
 
 def _built_in_flags(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument('--out', type=pathlib.Path, required=True, metavar='DIR', help='a new folder')
   parser.add_argument('--size', type=_between(8, 1024), default=128, help='pixels of the square images (default 128)')
   parser.add_argument('--processes', type=_between(1, 1024), help='processes that draw (default: one a core)')
 
@@ -51,6 +52,7 @@ def _data_options(args: argparse.Namespace) -> configs.Data:
 
 def _source_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('path', help='the folder or file; of tfds NAME@SPLIT')
+  parser.add_argument('--out', type=pathlib.Path, required=True, metavar='DIR', help='a new folder (a file for tokenizer)')
   for name in ('image_column', 'caption_column', 'image_root'):
     parser.add_argument(f'--{name}', default='', help=f'as config.data.{name}')
   parser.add_argument('--vocab_size', type=_between(64, 1 << 20), default=8192, help='of the tokenizer (default 8192)')
@@ -79,6 +81,20 @@ def _tokenizer(args: argparse.Namespace) -> None:
   print(f'{args.out}: {made.vocab_size:,} pieces, end token {made.end_id}; set model.text.vocab_size={made.vocab_size}')
 
 
+def _teacher(args: argparse.Namespace) -> None:
+  from lightclip_jax.inference import teacher  # it imports JAX
+
+  entry, temperature = teacher.prepare(args.model, args.data)
+  print(f'{args.data}: embeddings of {entry.name!r}; train with --config.objective.distillation.weight=1 '
+        f'--config.objective.distillation.teacher_dim={entry.dim} '
+        f'--config.objective.distillation.temperature={temperature:.4f} (the teacher\'s own)')
+
+
+def _teacher_flags(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument('--model', type=pathlib.Path, required=True, metavar='DIR', help='a training run or an exported folder')
+  parser.add_argument('--data', type=pathlib.Path, required=True, metavar='DIR', help='the prepared folder to add to')
+
+
 def _between(low: int, high: int) -> Callable[[str], int]:
   def number(text: str) -> int:
     if not text.isdecimal() or not low <= int(text) <= high:
@@ -87,11 +103,12 @@ def _between(low: int, high: int) -> Callable[[str], int]:
   return number
 
 
-# kind -> (adds its flags, prepares args.out and says what is there)
+# kind -> (adds its flags, prepares and says what is there)
 KINDS = {
     **{name: (_built_in_flags, functools.partial(_built_in, name)) for name in BUILT_IN},
     **{kind: (_convert_flags, functools.partial(_convert, kind)) for kind in sources.SOURCES if kind != 'array_record'},
     'tokenizer': (_source_flags, _tokenizer),
+    'teacher': (_teacher_flags, _teacher),
 }
 
 
@@ -101,13 +118,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
   kinds = parser.add_subparsers(dest='kind', required=True, metavar='KIND', help=', '.join(KINDS))
   for kind, (add_flags, _) in KINDS.items():
     add_flags(flags := kinds.add_parser(kind, epilog=_EXAMPLE))
-    flags.add_argument('--out', type=pathlib.Path, required=True, metavar='DIR', help='a new folder (a file for tokenizer)')
     flags.add_argument('--debug', action='store_true', help='show the traceback of an error')
   return parser.parse_args(arguments)
 
 
 def main(args: argparse.Namespace) -> None:
-  """Prepares, then prints what there is."""
+  """Prepares, and prints what there is."""
   KINDS[args.kind][1](args)
 
 

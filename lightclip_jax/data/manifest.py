@@ -4,6 +4,7 @@ import json
 import pathlib
 from typing import Any
 
+from lightclip_jax import storage
 from lightclip_jax.errors import UserError
 
 FILE_NAME = 'manifest.json'
@@ -15,6 +16,14 @@ class Split:
   """The shards of one split, in order, and the number of records in all of them."""
   shards: tuple[str, ...]
   count: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+  """Whose embeddings of `train` lie beside the shards (data/teacher.py)."""
+  name: str
+  dim: int                     # of an embedding
+  sha256: str                  # of its files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +41,7 @@ class Manifest:
   format: int = FORMAT
   # Where the records lie elsewhere, and the folder only says so (`sources.open_parts`).
   source: dict[str, Any] = dataclasses.field(default_factory=dict)
+  teacher: Teacher | None = None
 
   def split(self, name: str) -> Split:
     """The named split, or a UserError that lists those there are."""
@@ -40,18 +50,20 @@ class Manifest:
     return self.splits[name]
 
   def save(self, folder: pathlib.Path) -> None:
-    """Writes `manifest.json` into `folder`."""
+    """Writes `manifest.json` into `folder`, over an older one at once."""
     text = json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False)
-    (folder / FILE_NAME).write_text(text + '\n', encoding='utf-8')
+    temporary = folder / f'.{FILE_NAME}.tmp'
+    temporary.write_text(text + '\n', encoding='utf-8')
+    temporary.replace(folder / FILE_NAME)
 
 
-def load(folder: str | pathlib.Path) -> Manifest:
+def load(folder: str | storage.Path) -> Manifest:
   """The manifest of a prepared folder.
 
   Raises:
     UserError: if the folder is missing, empty, not made by `lightclip_jax.prepare`, or of another format version.
   """
-  folder = pathlib.Path(folder)
+  folder = storage.path(folder)
   file = folder / FILE_NAME
   if not file.is_file():
     what = ('is not a folder' if not folder.is_dir() else
@@ -71,4 +83,5 @@ def load(folder: str | pathlib.Path) -> Manifest:
 def _from_json(values: dict[str, Any]) -> Manifest:
   splits = {name: Split(tuple(s['shards']), s['count']) for name, s in values['splits'].items()}
   names = {key: tuple(values[key]) for key in ('concepts', 'groups')}
-  return Manifest(**{**values, **names, 'splits': splits})
+  teacher = Teacher(**values['teacher']) if values.get('teacher') else None
+  return Manifest(**{**values, **names, 'splits': splits, 'teacher': teacher})

@@ -6,15 +6,16 @@ of the next batch.
 
 Letters: B global batch, b batch of this host, S image size, W text positions, K masked positions.
 """
+import collections
+import concurrent.futures
 import functools
 import hashlib
 import json
 import os
-import pathlib
 import sys
 import weakref
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import grain
@@ -22,9 +23,11 @@ import numpy as np
 from absl import flags
 
 from lightclip_jax import config as configs
+from lightclip_jax import storage
 from lightclip_jax.data import faults, manifest, masking, processes, sources, tokenizers, transforms
 from lightclip_jax.data.faults import BadRecord
 from lightclip_jax.data.records import Record
+from lightclip_jax.data.teacher import Teacher
 from lightclip_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -67,9 +70,9 @@ class _Example:
     if not record.captions:
       raise BadRecord('no_caption')
     first = rng.random() < self._options.first_caption
-    caption = record.captions[0 if first else rng.integers(len(record.captions))]
+    number = 0 if first else rng.integers(len(record.captions))
     tokenizer = self._tokenizer
-    tokens_W = tokenizer.encode([caption], self._context)[0]
+    tokens_W = tokenizer.encode([record.captions[number]], self._context)[0]
     word_mask_W = tokenizer.word_mask(tokens_W)
     masked_W, positions_K, labels_K, weights_K = masking.mask_words(
         tokens_W, word_mask_W, rng, fraction=self._options.mask_fraction, max_masked=self._options.max_masked,
@@ -78,6 +81,7 @@ class _Example:
         'tokens': tokens_W, 'word_mask': word_mask_W, 'masked_tokens': masked_W, 'masked_positions': positions_K,
         'masked_labels': labels_K, 'masked_weights': weights_K,
         'caption_id': np.int32(zlib.crc32(tokens_W.tobytes()) & 0x7fffffff),   # equal captions, equal ids
+        'caption_number': np.int32(number),   # among the record's own
     }
 
 
@@ -99,8 +103,9 @@ class _Share(grain.MapDataset):
     return self._parent[self._offset + batch * self._batch_size + within]
 
 
-def train_dataset(folder: str | pathlib.Path, options: configs.Data, *, image_size: int, context: int, batch_size: int,
-                  seed: int, process_index: int = 0, process_count: int = 1, first_batch: int = 0) -> grain.IterDataset:
+def train_dataset(folder: str | storage.Path, options: configs.Data, *, image_size: int, context: int, batch_size: int,
+                  seed: int, process_index: int = 0, process_count: int = 1, with_teacher: bool = False,
+                  first_batch: int = 0) -> grain.IterDataset:
   """The endless training batches of one host, from batch `first_batch` on, as a Grain dataset. See `train_batches`."""
   if batch_size < 1 or batch_size % process_count:
     raise UserError(f'train.batch_size is {batch_size}; it must be a multiple of the {process_count} hosts')
@@ -109,7 +114,8 @@ def train_dataset(folder: str | pathlib.Path, options: configs.Data, *, image_si
     raise UserError(f'data folder {str(folder)!r} has no training records')
   example = _Example(source, load_tokenizer(folder), options, image_size, context, seed)
   share = _Share(_order(source, seed), batch_size, process_index, process_count, first_batch)
-  batches = share.map(example).batch(batch_size // process_count)
+  examples = share.map(example).map(Teacher(folder)) if with_teacher else share.map(example)
+  batches = examples.batch(batch_size // process_count)
   workers = worker_count(options.workers)
   threads = 1 if workers else max(1, min(16, os.cpu_count() or 1))
   dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=options.prefetch))
@@ -165,17 +171,17 @@ def worker_count(workers: int) -> int:
   return workers if workers >= 0 else 0 if cores <= 4 else min(16, cores - 1)
 
 
-def load_tokenizer(folder: str | pathlib.Path) -> tokenizers.Tokenizer:
+def load_tokenizer(folder: str | storage.Path) -> tokenizers.Tokenizer:
   """The tokenizer that lies in a prepared folder."""
-  return tokenizers.load(pathlib.Path(folder) / manifest.load(folder).tokenizer)
+  return tokenizers.load(storage.path(folder) / manifest.load(folder).tokenizer)
 
 
 class TrainBatches(Iterator[Batch]):
   """Endless batches whose place is one number; made by `train_batches`."""
 
-  def __init__(self, folder: str | pathlib.Path, options: configs.Data, arguments: Mapping[str, Any]):
+  def __init__(self, folder: str | storage.Path, options: configs.Data, arguments: Mapping[str, Any]):
     self._folder, self._options, self._arguments = folder, options, dict(arguments)
-    self._fingerprint = _fingerprint(folder)
+    self._fingerprint = _fingerprint(folder, self._arguments['with_teacher'])
     self._next_batch = 0
     self._running: list[grain.DatasetIterator] = []      # one, or none before the first batch and after `close`
     # At the end of the program too: Grain's iterators print tracebacks when they are torn down with the interpreter.
@@ -226,8 +232,8 @@ def _stop(running: list[grain.DatasetIterator]) -> None:
     running.pop().close()
 
 
-def train_batches(folder: str | pathlib.Path, options: configs.Data, *, image_size: int, context: int, batch_size: int,
-                  seed: int, process_index: int = 0, process_count: int = 1) -> TrainBatches:
+def train_batches(folder: str | storage.Path, options: configs.Data, *, image_size: int, context: int, batch_size: int,
+                  seed: int, process_index: int = 0, process_count: int = 1, with_teacher: bool = False) -> TrainBatches:
   """Endless training batches of this host.
 
   Args:
@@ -239,21 +245,23 @@ def train_batches(folder: str | pathlib.Path, options: configs.Data, *, image_si
     seed: decides order, captions, crops and masks.
     process_index: this host.
     process_count: hosts.
+    with_teacher: whether to add the embeddings of the folder's teacher, of dimension E.
 
   Returns:
     An iterator of dicts: `image` uint8 [b, S, S, 3], `tokens` int32 [b, W], `word_mask` bool [b, W], `masked_tokens`
     int32 [b, W], `masked_positions` and `masked_labels` int32 [b, K], `masked_weights` float32 [b, K], `caption_id`
-    int32 [b] (equal for equal captions), `example_id` int64 [b] (the record's index in the split).
+    int32 [b] (equal for equal captions), `caption_number` int32 [b] (among the record's own), `example_id` int64 [b] (the
+    record's index in the split); with a teacher `teacher_image` and `teacher_text` float16 [b, E].
 
   Raises:
-    UserError: for a folder without training records, or a batch that the hosts cannot share.
+    UserError: for a folder without training records or teacher, or a batch that the hosts cannot share.
   """
   return TrainBatches(folder, options, dict(
       image_size=image_size, context=context, batch_size=batch_size, seed=seed, process_index=process_index,
-      process_count=process_count))
+      process_count=process_count, with_teacher=with_teacher))
 
 
-def evaluation_batches(folder: str | pathlib.Path, split: str, *, image_size: int, batch_size: int,
+def evaluation_batches(folder: str | storage.Path, split: str, *, image_size: int, batch_size: int,
                        process_index: int = 0, process_count: int = 1) -> Iterator[Batch]:
   """All images of a split once, over all hosts together, in order.
 
@@ -264,18 +272,37 @@ def evaluation_batches(folder: str | pathlib.Path, split: str, *, image_size: in
   if batch_size < 1 or batch_size % process_count:
     raise UserError(f'evaluation.batch_size is {batch_size}; it must be a multiple of the {process_count} hosts')
   source = sources.open_split(folder, split)
+  yield from padded_batches(lambda i: _usable(source, i)[1], len(source), image_size=image_size,
+                            batch_size=batch_size, process_index=process_index, process_count=process_count)
+
+
+def padded_batches(read: Callable[[int], np.ndarray], count: int, *, image_size: int, batch_size: int,
+                   process_index: int = 0, process_count: int = 1) -> Iterator[Batch]:
+  """Batches as those of `evaluation_batches`, of the images that `read(0)` to `read(count - 1)` give: uint8 RGB [H, W, 3].
+
+  Threads read and resize the next batch while one is used.
+  """
   share = batch_size // process_count
-  for start in range(0, len(source), batch_size):
-    first = start + process_index * share
-    images = np.zeros((share, image_size, image_size, 3), np.uint8)
-    index = np.full(share, -1, np.int64)
-    for row, record in enumerate(range(first, min(first + share, len(source)))):
-      images[row] = transforms.evaluation_transform(_usable(source, record)[1], image_size)
-      index[row] = record
-    yield {'image': images, 'index': index}
+  image = lambda i: transforms.evaluation_transform(read(i), image_size)  # noqa: E731
+  with concurrent.futures.ThreadPoolExecutor(max(1, min(16, os.cpu_count() or 1))) as pool:
+    waiting: collections.deque = collections.deque()
+    for start in range(0, count, batch_size):
+      first = start + process_index * share
+      waiting.append((first, [pool.submit(image, i) for i in range(first, min(first + share, count))]))
+      if len(waiting) > 1:
+        yield _padded(*waiting.popleft(), share, image_size)
+    while waiting:
+      yield _padded(*waiting.popleft(), share, image_size)
 
 
-def evaluation_records(folder: str | pathlib.Path, split: str) -> list[Record]:
+def _padded(first: int, images: list[concurrent.futures.Future], share: int, image_size: int) -> Batch:
+  batch = {'image': np.zeros((share, image_size, image_size, 3), np.uint8), 'index': np.full(share, -1, np.int64)}
+  for row, image in enumerate(images):
+    batch['image'][row], batch['index'][row] = image.result(), first + row
+  return batch
+
+
+def evaluation_records(folder: str | storage.Path, split: str) -> list[Record]:
   """Every record of a split in order, images left encoded: captions, concept, group and style by index.
 
   One that cannot be used is black and has an empty caption, so that it counts as a mistake.
@@ -296,8 +323,9 @@ def _usable(source: sources.Source, index: int) -> tuple[Record, np.ndarray]:
     return Record(f'{index}', transforms.BLACK, ('',)), transforms.decode(transforms.BLACK)
 
 
-def _fingerprint(folder: str | pathlib.Path) -> str:
-  """Short hash of the training shards and the tokenizer."""
+def _fingerprint(folder: str | storage.Path, with_teacher: bool) -> str:
+  """Short hash of the training shards and the tokenizer, and of the teacher's embeddings where these are read."""
   contents = manifest.load(folder)
-  files = [*contents.split('train').shards, contents.tokenizer]
-  return hashlib.sha256(json.dumps([contents.sha256[file] for file in files]).encode()).hexdigest()[:16]
+  hashes = [contents.sha256[file] for file in (*contents.split('train').shards, contents.tokenizer)]
+  hashes += [Teacher(folder).sha256] if with_teacher else []
+  return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16]

@@ -5,7 +5,6 @@ Letters: N texts, W text positions.
 import gzip
 import html
 import io
-import pathlib
 import re
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -14,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import sentencepiece
 
+from lightclip_jax import storage
 from lightclip_jax.errors import UserError
 
 
@@ -116,32 +116,25 @@ def train(captions: Iterable[str], vocab_size: int) -> SentencePieceTokenizer:
 
 
 class HuggingFaceTokenizer:
-  """A `tokenizer.json` of Hugging Face's tokenizers. Raises UserError for a file that is none, or lacks pad, start or end.
+  """A `tokenizer.json` of Hugging Face that puts a start and an end token around a text. Raises UserError for another file.
 
-  Its own templates and padding are left aside: a text is always start, words, end, padding. Where it has no mask token,
-  one more id after its last stands for it.
+  Its padding and length are left aside. Where it has no mask token, one more id after its last stands for it.
   """
   suffix = '.json'
-  # What the special tokens are usually called.
-  _PAD = ('<pad>', '[PAD]', '<|pad|>', '<|endoftext|>')
-  _START = ('<s>', '[CLS]', '<bos>', '[BOS]', '<|startoftext|>', '<start_of_text>')
-  _END = ('</s>', '[SEP]', '<eos>', '[EOS]', '<|endoftext|>', '<end_of_text>')
-  _MASK = ('<mask>', '[MASK]', '<|mask|>')
 
   def __init__(self, model: bytes):
-    import tokenizers  # named as this file
+    import tokenizers as library  # here alone: SentencePiece does without
     self._model = model
     try:
-      self._fast = tokenizers.Tokenizer.from_str(model.decode())
-    except Exception as error:   # its exceptions are plain `Exception`s
-      raise UserError(f'a file of {len(model)} bytes is no tokenizer.json of Hugging Face ({str(error)[:80]})') from error
-    self._finish(*(self._id(names) for names in (self._PAD, self._START, self._END)))
-
-  def _id(self, names: Sequence[str]) -> int:
-    for name in names:
-      if (number := self._fast.token_to_id(name)) is not None:
-        return number
-    raise UserError(f'the tokenizer.json has none of the tokens {", ".join(names)}; it must have pad, start and end')
+      self._fast = library.Tokenizer.from_buffer(model)
+    except Exception as error:   # the library raises nothing more special
+      raise UserError(f'a file of {len(model)} bytes is not a Hugging Face tokenizer.json ({str(error)[:80]})') from error
+    self._fast.no_padding()
+    empty = self._fast.encode('').ids
+    if len(empty) != 2:
+      raise UserError(f'the tokenizer gives an empty text {len(empty)} tokens; it must give two, start and end')
+    pad = next((i for i in map(self._fast.token_to_id, ('<pad>', '[PAD]', '<|pad|>')) if i is not None), 0)
+    self._finish(pad, *empty)
 
   def _finish(self, pad: int, start: int, end: int) -> None:
     """Takes the special ids; `pad` may be an ordinary word's, since padding is told by its place."""
@@ -150,7 +143,7 @@ class HuggingFaceTokenizer:
     fast.no_padding()
     fast.encode_special_tokens = True   # "[MASK]" in a caption is text like any other
     known = fast.get_vocab(with_added_tokens=True)
-    mask = next((known[name] for name in self._MASK if name in known), max(known.values()) + 1)
+    mask = next((known[name] for name in ('[MASK]', '<mask>') if name in known), max(known.values()) + 1)
     self.vocab_size = max(*known.values(), mask) + 1
     self.pad_id, self.start_id, self.end_id, self.mask_id = pad, start, end, mask
     self.special_ids = tuple(dict.fromkeys((start, end, mask) if self._is_ordinary(pad) else (pad, start, end, mask)))
@@ -248,13 +241,13 @@ def from_bytes(data: bytes, suffix: str = '.model') -> Tokenizer:
   return KINDS[suffix](data)
 
 
-def load(path: str | pathlib.Path) -> Tokenizer:
+def load(path: str | storage.Path) -> Tokenizer:
   """The tokenizer in a file, its kind told by the suffix.
 
   Raises:
     UserError: if there is no such file, or no such kind.
   """
-  path = pathlib.Path(path)
+  path = storage.path(path)
   if not path.is_file():
     raise UserError(f'there is no tokenizer file {str(path)!r}')
   if path.suffix not in KINDS:

@@ -46,6 +46,8 @@ def new_folder(out: pathlib.Path, keep: bool = False) -> Iterator[pathlib.Path |
   Raises:
     UserError: if `out` exists and is something else, or cannot be written.
   """
+  if out.parts[:1] and out.parts[0].endswith(':'):
+    raise UserError(f'{str(out)!r} is in a bucket; prepare on a disk, then copy the folder there (docs/SCALE.md)')
   out = out.absolute()
   if out.exists() and not (out / manifests.FILE_NAME).is_file() and (not out.is_dir() or any(out.iterdir())):
     raise UserError(f'{str(out)!r} exists and is not a prepared data set; give --out a new or an empty folder')

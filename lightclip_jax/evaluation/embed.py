@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lightclip_jax.config import Model
 from lightclip_jax.errors import UserError
 
-Rows = tuple[np.ndarray, np.ndarray]   # (inputs [b, ...], index int [b]; -1 is padding)
+Rows = tuple[tuple[np.ndarray, ...], np.ndarray]   # (inputs [b, ...] of a method, index int [b]; -1 is padding)
 
 
 class Embedder:
@@ -49,7 +49,8 @@ class Embedder:
                       f'it must be a positive multiple of the {jax.process_count()} processes')
     if sharding is None:
       sharding = NamedSharding(Mesh(np.asarray(jax.devices()), ('data',)), PartitionSpec('data'))
-      variables = jax.device_put(variables, NamedSharding(sharding.mesh, PartitionSpec()))
+      # From the host: what lies on a device of one process cannot be spread over those of others.
+      variables = jax.device_put(jax.device_get(variables), NamedSharding(sharding.mesh, PartitionSpec()))
     self.model, self.variables, self.tokenizer = model, variables, tokenizer
     self.image_size, self.context = config.image.size, config.text.context
     self.sharding, self.batch_size = sharding, batch_size
@@ -61,47 +62,48 @@ class Embedder:
     Raises:
       ValueError: when the indices are not 0..N-1, each once; an example would be lost or counted twice.
     """
-    return self._gather('encode_image', ((batch['image'], batch['index']) for batch in batches))
+    return self._gather('encode_image', (((batch['image'],), batch['index']) for batch in batches))
 
   def texts(self, texts: list[str]) -> np.ndarray:
     """float32 [N, D] for N texts, in their order."""
     if not texts:
       raise UserError('no texts to embed; at least one is needed')
-    return self._gather('encode_text', self._token_batches(self.tokenizer.encode(texts, self.context)))
+    tokens_NxW = self.tokenizer.encode(texts, self.context)
+    return self._gather('encode_text', self._shares(tokens_NxW, batch_size=self.batch_size))
 
   def tokens(self, images: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """float32 image tokens [N, P, d] and text tokens [N, W, d] of a small set, the same one in every process."""
-    run = _compiled(self.model, 'encode_tokens', self._replicated)
-    return jax.device_get(run(self.variables, images, tokens))
+    """float32 image tokens [N, P, d] and text tokens [N, W, d] of N pairs, the same ones in every process."""
+    few = _round_up(len(images), jax.process_count())   # eight pictures for a page need no batch of hundreds
+    return self._gather('encode_tokens', self._shares(images, tokens, batch_size=min(self.batch_size, few)))
 
   @property
   def logit_scale(self) -> float:
     """What multiplies cosines before the softmax; at most 100, as in training."""
     return min(float(np.exp(jax.device_get(self.variables['params']['logit_scale']))), 100.0)
 
-  def _token_batches(self, tokens_NxW: np.ndarray) -> Iterator[Rows]:
-    """This process's rows of each global batch of texts."""
-    rows, total = self.batch_size // jax.process_count(), len(tokens_NxW)
-    for start in range(0, total, self.batch_size):
+  def _shares(self, *inputs: np.ndarray, batch_size: int) -> Iterator[Rows]:
+    """This process's rows of each global batch of what lies in every process."""
+    rows, total = batch_size // jax.process_count(), len(inputs[0])
+    for start in range(0, total, batch_size):
       index = start + jax.process_index() * rows + np.arange(rows)
-      yield tokens_NxW[np.minimum(index, total - 1)], np.where(index < total, index, -1)
+      yield tuple(x[np.minimum(index, total - 1)] for x in inputs), np.where(index < total, index, -1)
 
-  def _gather(self, method: str, batches: Iterable[Rows]) -> np.ndarray:
+  def _gather(self, method: str, batches: Iterable[Rows]) -> Any:
+    """What the method gives, float32 with all rows in the order of their indices."""
     parts = list(_two_ahead(functools.partial(self._dispatch, method), batches))
     if not parts:
       raise UserError('no images to embed: the split is empty')
-    rows = np.concatenate([np.asarray(embedding, np.float32) for embedding, _ in parts])
-    index = np.concatenate([np.asarray(i) for _, i in parts])
-    rows, index = rows[index >= 0], index[index >= 0]
-    order = np.argsort(index, kind='stable')
-    if not np.array_equal(index[order], np.arange(len(index))):
-      raise ValueError(f'the batches hold {len(index)} examples whose indices are not 0 to {len(index) - 1}, each once')
-    return rows[order]
+    results, index = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+    kept = index >= 0
+    order = np.argsort(index[kept], kind='stable')
+    if not np.array_equal(index[kept][order], np.arange(kept.sum())):
+      raise ValueError(f'the batches hold {kept.sum()} examples whose indices are not 0 to {kept.sum() - 1}, each once')
+    return jax.tree.map(lambda rows: np.asarray(rows[kept][order], np.float32), results)
 
-  def _dispatch(self, method: str, rows: Rows) -> tuple[jax.Array, jax.Array]:
-    inputs, index = (self._to_devices(*x) for x in zip(rows, (0, -1), strict=True))
+  def _dispatch(self, method: str, rows: Rows) -> tuple[Any, jax.Array]:
+    inputs, index = tuple(self._to_devices(x, 0) for x in rows[0]), self._to_devices(rows[1], -1)
     run = _compiled(self.model, method, self._replicated)
-    return run(self.variables, inputs), _replicate(self._replicated)(index)
+    return run(self.variables, *inputs), _replicate(self._replicated)(index)
 
   def _to_devices(self, values: np.ndarray, fill: int) -> jax.Array:
     """This process's rows, padded with `fill` to a multiple of its devices, as its part of the global array."""

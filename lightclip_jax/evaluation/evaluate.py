@@ -1,10 +1,12 @@
-"""Evaluation of a model on the splits of a prepared folder, in training and alone."""
+"""Evaluation of a model by tasks, in training and alone."""
+import dataclasses
 import functools
-import json
 import pathlib
+import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+from lightclip_jax import storage
+from lightclip_jax.errors import UserError
 from lightclip_jax.evaluation import tasks
 from lightclip_jax.evaluation.embed import Embedder
 from lightclip_jax.evaluation.metrics import Metric
@@ -12,7 +14,17 @@ from lightclip_jax.evaluation.session import Session
 from lightclip_jax.evaluation.tasks import prepared
 
 
-def evaluate_all(embedder: Embedder, folder: str | pathlib.Path, splits: Sequence[str]) -> list[Metric]:
+@dataclasses.dataclass(frozen=True)
+class TaskResult:
+  """What became of one task; `error` is one line where it failed."""
+  task: str
+  metrics: tuple[Metric, ...]
+  prompts: dict[str, str]          # template set -> hash of its templates, of those that it used
+  seconds: float
+  error: str = ''
+
+
+def evaluate_all(embedder: Embedder, folder: str | storage.Path, splits: Sequence[str]) -> list[Metric]:
   """Every metric of the named splits of any prepared folder. Class texts are embedded once for all splits.
 
   Raises:
@@ -23,27 +35,45 @@ def evaluate_all(embedder: Embedder, folder: str | pathlib.Path, splits: Sequenc
 
 def evaluate_splits(session: Session, splits: Sequence[str]) -> list[Metric]:
   """The same in a session that has more to do, such as the report's gallery, with the embeddings it already has."""
-  return run(session, {split: functools.partial(prepared.run, split=split) for split in splits})
+  return run(session, of_splits(splits))
 
 
-def evaluate_tasks(embedder: Embedder, folder: str | pathlib.Path, names: Sequence[str]) -> list[Metric]:
-  """Every metric of the named registered tasks.
-
-  Raises:
-    UserError: for an unknown task, with the list; before any of them runs.
-  """
-  chosen = {name: tasks.find(name) for name in names}
-  return run(Session(embedder, folder), chosen)
+def of_splits(splits: Sequence[str]) -> dict[str, tasks.Task]:
+  """A task for each split of a prepared folder."""
+  return {split: functools.partial(prepared.run, split=split) for split in splits}
 
 
 def run(session: Session, chosen: Mapping[str, tasks.Task]) -> list[Metric]:
-  """The metrics of the tasks, in their order."""
-  return [metric for task in chosen.values() for metric in task(session)]
+  """The metrics of the tasks, in their order; the first failure ends it."""
+  return [metric for name, task in chosen.items() for metric in _named(name, task(session))]
 
 
-def write_json(file: str | pathlib.Path, metrics: Sequence[Metric], **about: Any) -> None:
-  """Results as JSON: `about` (checkpoint, step, …) and, per metric, value, count, chance, 95 % interval and anchors."""
-  path = pathlib.Path(file)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  text = json.dumps({**about, 'metrics': [metric.json() for metric in metrics]}, indent=2)
-  path.write_text(text + '\n', encoding='utf-8')
+def run_each(session: Session, chosen: Mapping[str, tasks.Task], debug: bool = False) -> list[TaskResult]:
+  """The results of the tasks, in their order; one that fails does not keep the others from running.
+
+  With several processes the tasks run in all of them, and a failure must be one of all of them. With `debug` the first
+  failure is raised.
+  """
+  results = []
+  for name, task in chosen.items():
+    start, session.prompts = time.perf_counter(), {}
+    metrics, error = (), ''
+    try:
+      metrics = _named(name, task(session))
+    except Exception as failure:   # whatever is wrong with one task's data or libraries, the other tasks can still run
+      if debug:
+        raise
+      first_line = next(iter(str(failure).strip().splitlines()), '')
+      error = first_line if isinstance(failure, UserError) else f'{type(failure).__name__}: {first_line}'
+    results.append(TaskResult(name, metrics, session.prompts, time.perf_counter() - start, error))
+  return results
+
+
+def short(task: str) -> str:
+  """The task's name as it stands in metrics. A folder or file is named by its last part, since "/" parts the names."""
+  kind, colon, argument = task.partition(':')
+  return f'{kind}{colon}{pathlib.PurePath(argument).stem if argument else ""}'
+
+
+def _named(task: str, metrics: Sequence[Metric]) -> tuple[Metric, ...]:
+  return tuple(dataclasses.replace(metric, name=f'eval/{short(task)}/{metric.name}') for metric in metrics)

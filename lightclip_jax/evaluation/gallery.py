@@ -9,10 +9,8 @@ import numpy as np
 
 from lightclip_jax.data import transforms
 from lightclip_jax.data.records import Record
-from lightclip_jax.evaluation import prompts
 from lightclip_jax.evaluation.ranks import best_ranks
 from lightclip_jax.evaluation.session import Session
-from lightclip_jax.inference.class_names import class_embeddings
 
 DRAWN = 96   # pixels of a drawn image
 
@@ -40,7 +38,7 @@ def make_gallery(session: Session, split: str, *, count: int = 48, guesses: int 
   records, names = session.records(split), session.manifest.concepts
   if not names:
     return []
-  classes_CxD, images_NxD = class_embeddings(session.texts, names, prompts.templates('name')), session.images(split)
+  classes_CxD, images_NxD = session.classes(names, 'name'), session.images(split)
   number = {name: i for i, name in enumerate(names)}
   labels_N = np.array([number[record.concept] for record in records])
   ranks_N = best_ranks(images_NxD, classes_CxD, labels_N, np.arange(len(names)))

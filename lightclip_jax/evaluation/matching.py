@@ -26,8 +26,7 @@ class Matching:
   heat: tuple[np.ndarray, ...]     # float32 [G, G] a word, each ≥ 0
 
 
-def make_matchings(
-    session: Session, split: str, *, count: int = 8, epsilon: float = 0.05, num_iterations: int = 20) -> list[Matching]:
+def make_matchings(session: Session, split: str, *, count: int = 8) -> list[Matching]:
   """Sinkhorn plans between the patches of `count` images and the words of their first captions (2 to 5 words)."""
   records = session.records(split)
   keys = [record.key for record in records]
@@ -35,11 +34,11 @@ def make_matchings(
   chosen = [i for i in choose(keys, several, len(keys)) if several[i]][:count]
   if not chosen:
     return []
-  embedder, decoded = session.embedder, [transforms.decode(records[i].image) for i in chosen]
+  embedder, options, decoded = session.embedder, session.token_matching, [transforms.decode(records[i].image) for i in chosen]
   images = np.stack([transforms.evaluation_transform(image, embedder.image_size) for image in decoded])
   tokens_NxW = embedder.tokenizer.encode([records[i].captions[0] for i in chosen], embedder.context)
   mask_NxW = embedder.tokenizer.word_mask(tokens_NxW)
-  plan_NxPxW = plans(*embedder.tokens(images, tokens_NxW), mask_NxW, epsilon, num_iterations)
+  plan_NxPxW = plans(*embedder.tokens(images, tokens_NxW), mask_NxW, options.epsilon, options.num_iterations)
   pictures = [transforms.evaluation_transform(image, DRAWN) for image in decoded]
   return [Matching(picture, records[i].style, records[i].licence, *_by_word(embedder.tokenizer, tokens_W, plan_PxW))
           for picture, i, tokens_W, plan_PxW in zip(pictures, chosen, tokens_NxW, plan_NxPxW, strict=True)]

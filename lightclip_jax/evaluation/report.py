@@ -8,7 +8,6 @@ import dataclasses
 import io
 import json
 import math
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,9 +16,11 @@ import numpy as np
 import PIL.Image
 from markupsafe import Markup
 
+from lightclip_jax import storage
 from lightclip_jax.config import Config
 from lightclip_jax.evaluation import curves
 from lightclip_jax.evaluation.gallery import Picture
+from lightclip_jax.evaluation.insight import Insight
 from lightclip_jax.evaluation.matching import Matching
 from lightclip_jax.evaluation.metrics import Metric, percent, scalars
 
@@ -27,7 +28,7 @@ Log = list[dict[str, float]]
 
 # The charts: log name -> title. What a run did not log is left out.
 LOSSES = {'train/loss': 'Total', 'train/loss_contrastive': 'Contrastive', 'train/loss_token_matching': 'Token matching',
-          'train/loss_masked_lm': 'Masked words'}
+          'train/loss_masked_lm': 'Masked words', 'train/loss_distillation': 'Distillation'}
 VITALS = {'train/top1_image_to_text': 'In-batch top-1', 'train/logit_scale': 'Logit scale',
           'train/gradient_norm': 'Gradient norm', 'train/learning_rate': 'Learning rate',
           'train/examples_per_second': 'Examples per second', 'train/data_wait': 'Time spent waiting for data'}
@@ -35,37 +36,49 @@ VITALS = {'train/top1_image_to_text': 'In-batch top-1', 'train/logit_scale': 'Lo
 ACCURACIES = {'concept_top1': 'Concept, top-1', 'concept_top5': 'Concept, top-5', 'group_top1': 'Group, top-1',
               'image_to_text_r1': 'Image → text, R@1', 'image_to_text_r5': 'Image → text, R@5',
               'image_to_text_r10': 'Image → text, R@10', 'text_to_image_r1': 'Text → image, R@1',
-              'text_to_image_r5': 'Text → image, R@5', 'text_to_image_r10': 'Text → image, R@10'}
+              'text_to_image_r5': 'Text → image, R@5', 'text_to_image_r10': 'Text → image, R@10',
+              'top1': 'Top-1', 'top5': 'Top-5', 'mean_per_class': 'Mean over classes', 'plan': 'By the matching',
+              'max_similarity': 'By maximal similarity', 'top1_1_neighbours': 'Nearest neighbour',
+              'top1_20_neighbours': '20 neighbours', 'top1_1_shots': '1 image a class', 'top1_5_shots': '5 images a class',
+              'top1_10_shots': '10 images a class'}
 CHARTED = ('concept_top1', 'concept_top5', 'group_top1', 'image_to_text_r10')
 HEADLINES = {'eval/heldout_style/concept_top1': 'drawings in a style it never saw',
              'eval/heldout_images/concept_top1': 'held-out images'}
 
 
-def write_report(workdir: str | pathlib.Path, results: Sequence[Metric], gallery: Sequence[Picture],
-                 matchings: Sequence[Matching], config: Config) -> pathlib.Path:
+def write_report(workdir: str | storage.Path, results: Sequence[Metric], gallery: Sequence[Picture],
+                 matchings: Sequence[Matching], config: Config, insight: Insight = Insight()) -> storage.Path:  # noqa: B008
   """Writes `workdir/report/index.html` from `workdir/metrics.jsonl` and the final results; returns its path.
 
   All text of the data (names, captions, styles) is escaped. With several processes, call it in one.
   """
-  log = read_log(pathlib.Path(workdir) / 'metrics.jsonl')
+  log = read_log(storage.path(workdir) / 'metrics.jsonl')
   if log:
     log[-1] |= scalars(results)   # the curves end with the final results, whether these are in the file yet or not
-  environment = jinja2.Environment(loader=jinja2.PackageLoader('lightclip_jax.evaluation'), autoescape=True,
-                                   trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-  environment.filters.update(percent=percent, data_url=_data_url, overlay=_overlay)
-  page = environment.get_template('report.html').render(
+  near = [drawn for row in insight.neighbours for drawn in (row.query, *(drawn for drawn, _ in row.nearest))]
+  page = render(
+    'report.html',
     title=config.name, headline=_headline(results), facts=_facts(log, config), tables=_tables(results),
     losses=_train_charts(log, LOSSES, config), vitals=_train_charts(log, VITALS, config),
     accuracies=_accuracy_charts(log, results), splits=_splits(log), gallery=gallery, matchings=matchings,
-    credits=sorted({(drawn.style, drawn.licence) for drawn in [*gallery, *matchings] if drawn.style}),
+    insight=insight, reliability=_reliability(insight),
+    credits=sorted({(drawn.style, drawn.licence) for drawn in [*gallery, *matchings, *near] if drawn.style}),
     config=json.dumps(dataclasses.asdict(config), indent=2))
-  path = pathlib.Path(workdir) / 'report' / 'index.html'
+  path = storage.path(workdir) / 'report' / 'index.html'
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_text(page, encoding='utf-8')
   return path
 
 
-def read_log(path: pathlib.Path) -> Log:
+def render(template: str, **values: Any) -> str:
+  """A page of `templates/`; all values are escaped unless they are `Markup`."""
+  environment = jinja2.Environment(loader=jinja2.PackageLoader('lightclip_jax.evaluation'), autoescape=True,
+                                   trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+  environment.filters.update(percent=percent, data_url=_data_url, overlay=_overlay)
+  return environment.get_template(template).render(**values)
+
+
+def read_log(path: storage.Path) -> Log:
   """The lines of a metrics file by step; a step logged again (after a resume) counts as logged last.
 
   A half-written last line, left by a killed run, is passed over.
@@ -115,7 +128,7 @@ def _tables(results: Sequence[Metric]) -> list[dict[str, Any]]:
     tables[split].append({
       'metric': metric, 'title': ACCURACIES[name], 'at': {key: 100 * mark / top[name] for key, mark in marks.items()},
       'anchors': [(what, value, 100 * value / top[name]) for what, value in metric.anchors]})
-  return [{'title': _title(split), 'rows': rows} for split, rows in tables.items()]
+  return [{'title': title(split), 'rows': rows} for split, rows in tables.items()]
 
 
 def _train_charts(log: Log, names: dict[str, str], config: Config) -> list[tuple[str, str, Markup]]:
@@ -129,6 +142,15 @@ def _train_charts(log: Log, names: dict[str, str], config: Config) -> list[tuple
     svg = curves.chart([line], levels=_chance_levels(name, config), noisy=True)
     charts.append((title, f'{curves.smooth(line.values)[-1]:.4g}', svg))
   return charts
+
+
+def _reliability(insight: Insight) -> Markup | str:
+  """Accuracy over confidence, beside what it should be."""
+  if len(insight.bins) < 2:
+    return ''
+  sure = [100 * b.confidence for b in insight.bins]
+  right = curves.Line('right', sure, [b.accuracy for b in insight.bins])
+  return curves.chart([right, curves.Line('as often as it says', sure, [x / 100 for x in sure], 5)], share=True)
 
 
 def _chance_levels(name: str, config: Config) -> list[curves.Level]:
@@ -150,7 +172,7 @@ def _accuracy_charts(log: Log, results: Sequence[Metric]) -> list[tuple[str, Mar
       rows = [row for row in log if math.isfinite(row.get(name, math.nan))]
       if len(rows) > 1:
         steps, values = [row['step'] for row in rows], [row[name] for row in rows]
-        lines.append(curves.Line(_title(name.split('/')[1]), steps, values, colour))
+        lines.append(curves.Line(title(name.split('/')[1]), steps, values, colour))
     known = {chance[name] for name in names if chance.get(name)}
     levels = [curves.Level('chance', known.pop())] if len(known) == 1 else []   # else it differs by split
     if lines:
@@ -161,11 +183,12 @@ def _accuracy_charts(log: Log, results: Sequence[Metric]) -> list[tuple[str, Mar
 def _splits(log: Log) -> dict[str, str]:
   """Name -> title of every split with a curve, in the order of the log."""
   names = [name.split('/')[1] for row in log for name in row if name.startswith('eval/') and name.endswith(CHARTED)]
-  return {name: _title(name) for name in dict.fromkeys(names)}
+  return {name: title(name) for name in dict.fromkeys(names)}
 
 
-def _title(split: str) -> str:
-  return split.replace('heldout', 'held-out').replace('_', ' ').capitalize()
+def title(split: str) -> str:
+  kind, _, data = split.replace('heldout', 'held-out').replace('_', ' ').partition(':')
+  return kind.capitalize() + (f', {data}' if data else '')
 
 
 def _data_url(image: np.ndarray) -> str:

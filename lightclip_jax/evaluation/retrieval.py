@@ -12,6 +12,7 @@ import math
 import numpy as np
 
 from lightclip_jax.errors import UserError
+from lightclip_jax.evaluation.metrics import Metric
 from lightclip_jax.evaluation.ranks import best_ranks
 
 
@@ -56,6 +57,16 @@ def retrieval(
   sides = (image_embeddings_IxD, image_ids_I), (text_embeddings_TxD, text_ids_T)
   return RetrievalResult(image_to_text=_direction(*sides[0], *sides[1], top, chunk),
                          text_to_image=_direction(*sides[1], *sides[0], top, chunk))
+
+
+def metrics(result: RetrievalResult) -> list[Metric]:
+  """Both ways as metrics `image_to_text_r1` … `text_to_image_median_rank`."""
+  found = []
+  for way in ('image_to_text', 'text_to_image'):
+    one: Direction = getattr(result, way)
+    found += [Metric(f'{way}_r{k}', share, one.count, one.chance[k]) for k, share in one.recall.items()]
+    found.append(Metric(f'{way}_median_rank', one.median_rank, one.count))
+  return found
 
 
 def _direction(queries, query_ids, candidates, candidate_ids, top, chunk) -> Direction:

@@ -1,28 +1,82 @@
 """What the tasks of one evaluation share: each image and each text is embedded once.
 
-Letters: N images, T texts, D embedding.
+Letters: N images, T texts, C classes, D embedding.
 """
 import functools
-import pathlib
-from collections.abc import Sequence
-from typing import Any
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from lightclip_jax.data import manifest, pipeline
+from lightclip_jax import config as config_lib
+from lightclip_jax import storage
+from lightclip_jax.data import manifest, pipeline, transforms
+from lightclip_jax.data.records import Record
+from lightclip_jax.evaluation import prompts
 from lightclip_jax.evaluation.embed import Embedder
+from lightclip_jax.evaluation.labelled import Part
+from lightclip_jax.inference.class_names import class_embeddings
+
+Folder = str | storage.Path | Callable[[], storage.Path]
 
 
 class Session:
-  """One model on one prepared folder; embeddings are kept while it lives."""
+  """One model, and the prepared folder that its tasks may read; embeddings are kept while it lives.
 
-  def __init__(self, embedder: Embedder, folder: str | pathlib.Path):
-    self.embedder, self.folder, self.manifest = embedder, folder, manifest.load(folder)
+  Attributes:
+    embedder, token_matching: as given.
+    prompts: template set -> hash of its templates, of those that were used so far.
+    records: split -> the folder's records in order.
+  """
+
+  def __init__(self, embedder: Embedder, folder: Folder, *, templates: prompts.Choice = prompts.OWN,
+               token_matching: config_lib.TokenMatching = config_lib.TokenMatching()):  # noqa: B008 (frozen)
+    """
+    Args:
+      embedder: the model.
+      folder: a prepared one, or what finds it when a task first needs it (many tasks need none).
+      templates: the user's templates instead of the tasks' own.
+      token_matching: how patches and words are matched.
+    """
+    self.embedder, self.token_matching, self.prompts = embedder, token_matching, {}
+    self._folder, self._templates = folder, templates
     self._texts: dict[str, np.ndarray] = {}
-    self.images = functools.cache(self._images)
-    self.records = functools.cache(functools.partial(pipeline.evaluation_records, folder))
+    self._images: dict[str, np.ndarray] = {}
+    self.records = functools.cache(self._records)
+
+  @functools.cached_property
+  def folder(self) -> storage.Path:
+    """The prepared folder. Raises UserError if there is none."""
+    return storage.path(self._folder() if callable(self._folder) else self._folder)
+
+  @functools.cached_property
+  def manifest(self) -> manifest.Manifest:
+    """The folder's."""
+    return manifest.load(self.folder)
+
+  def part(self, split: str) -> Part:
+    """The images of a split of the folder, all of class 0."""
+    records = self.records(split)
+    return Part(split, lambda i: transforms.decode(records[i].image), np.zeros(len(records), np.int64))
+
+  def images(self, split: str) -> np.ndarray:
+    """float32 [N, D] of a split."""
+    return self.embed(self.part(split))
+
+  def embed(self, part: Part) -> np.ndarray:
+    """float32 [N, D] of the images of a part, with a progress bar on a terminal."""
+    if part.name not in self._images:
+      total = -(-len(part.labels_N) // self.embedder.batch_size)
+      self._images[part.name] = self.embedder.images(
+        tqdm(self.batches(part), f'embedding {part.name}', total, leave=False, disable=None))
+    return self._images[part.name]
+
+  def features(self, parts: Sequence[Part]) -> tuple[np.ndarray, np.ndarray]:
+    """All of several parts: float32 [N, D] and labels [N]."""
+    return np.concatenate([self.embed(p) for p in parts]), np.concatenate([p.labels_N for p in parts])
 
   def texts(self, texts: Sequence[str]) -> np.ndarray:
     """float32 [T, D]; only texts that were not asked for before pass through the text tower."""
@@ -30,13 +84,18 @@ class Session:
       self._texts.update(zip(new, self.embedder.texts(new), strict=True))
     return np.stack([self._texts[text] for text in texts])
 
-  def batches(self, split: str) -> Any:
-    """This process's share of the split's images, padded to static shapes."""
-    return pipeline.evaluation_batches(
-      self.folder, split, image_size=self.embedder.image_size, batch_size=self.embedder.batch_size,
-      process_index=jax.process_index(), process_count=jax.process_count())
+  def classes(self, names: Sequence[str], template_set: str, data: str = '') -> np.ndarray:
+    """float32 [C, D]: class embeddings by the user's templates (for the image set `data`), else by `template_set`."""
+    name, templates = self._templates.resolve(template_set, data)
+    self.prompts[name] = hashlib.sha256(json.dumps(templates).encode()).hexdigest()[:12]
+    return class_embeddings(self.texts, names, templates)
 
-  def _images(self, split: str) -> np.ndarray:
-    """float32 [N, D] of a split, with a progress bar on a terminal."""
-    total = -(-len(self.records(split)) // self.embedder.batch_size)
-    return self.embedder.images(tqdm(self.batches(split), f'embedding {split}', total, leave=False, disable=None))
+  def _records(self, split: str) -> list[Record]:
+    """The records of a split of the folder, in order."""
+    return pipeline.evaluation_records(self.folder, split)
+
+  def batches(self, part: Part) -> Iterable[Mapping[str, np.ndarray]]:
+    """This process's share of the part's images, padded to static shapes."""
+    return pipeline.padded_batches(
+      part.read, len(part.labels_N), image_size=self.embedder.image_size, batch_size=self.embedder.batch_size,
+      process_index=jax.process_index(), process_count=jax.process_count())

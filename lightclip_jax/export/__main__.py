@@ -3,7 +3,7 @@ import argparse
 import pathlib
 import sys
 
-from lightclip_jax import cli
+from lightclip_jax import cli, storage
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -25,7 +25,7 @@ def main(args: argparse.Namespace) -> None:
   from lightclip_jax.export import export
   from lightclip_jax.inference import checkpoint
 
-  loaded = checkpoint.load(pathlib.Path(args.checkpoint))
+  loaded = checkpoint.load(storage.path(args.checkpoint))
   data = pathlib.Path(args.data) if args.data else None
   for line in export.export(loaded, args.format, pathlib.Path(args.out), data=data, int8=args.int8):
     print(line, flush=True)

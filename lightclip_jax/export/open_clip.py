@@ -42,7 +42,7 @@ def write(towers: Towers, folder: pathlib.Path) -> dict[str, Any]:
     name = f'local-dir:{trunk}'
   weights, text = text_weights(towers)
   weights |= image_weights(towers)
-  optional('safetensors.numpy').save_file({k: np.ascontiguousarray(v) for k, v in weights.items()},
+  optional('safetensors.numpy').save_file({k: np.asarray(v, order='C') for k, v in weights.items()},
                                           folder / 'open_clip_model.safetensors')
   vision = {'timm_model_name': name, 'timm_model_pretrained': False, 'timm_proj': 'linear', 'image_size': model.image.size,
             'timm_pool': 'token' if model.image.name == 'vit_ti' else 'avg'}

@@ -4,19 +4,22 @@ A checkpoint has two items: `state` (arrays) and `run` (JSON: config, data itera
 """
 import base64
 import dataclasses
-import pathlib
-from typing import Any
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import jax
 import orbax.checkpoint as ocp
 
 from lightclip_jax import config as config_lib
-from lightclip_jax import sharding
+from lightclip_jax import sharding, storage
 from lightclip_jax.data import tokenizers
 from lightclip_jax.errors import UserError
 from lightclip_jax.models import lightclip
 
 STATE, RUN = 'state', 'run'
+SCORE = 'score'                # in the metrics of a checkpoint that was evaluated: more is better
+BEST: Literal['best'] = 'best'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Loaded:
   preprocessing: dict[str, Any]
 
 
-def checkpoint_folder(path: pathlib.Path) -> pathlib.Path:
+def checkpoint_folder(path: storage.Path) -> storage.Path:
   """The folder of numbered checkpoints for a workdir or for that folder itself.
 
   Raises:
@@ -41,26 +44,49 @@ def checkpoint_folder(path: pathlib.Path) -> pathlib.Path:
   raise UserError(f'{str(path)!r} holds no checkpoint; give the workdir of a training run')
 
 
-def load(path: pathlib.Path, step: int | None = None) -> Loaded:
-  """Reads the newest (or the given) checkpoint of a run: the moving average where there is one, else the parameters.
+def load(path: storage.Path, step: int | Literal['best'] | None = None) -> Loaded:
+  """Reads the newest (or the best, or the given) checkpoint of a run: the moving average where there is one.
 
   Raises:
-    UserError: if `path` holds no checkpoint, not that step, or one that is not whole.
+    UserError: if `path` holds no checkpoint, not that step, none that was scored, or one that is not whole.
   """
-  folder = checkpoint_folder(path).absolute()
-  options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
-  with ocp.CheckpointManager(folder, options=options) as manager:
-    steps = manager.all_steps()
-    step = max(steps) if step is None else step
-    if step not in steps:
-      raise UserError(f'{str(path)!r} has no checkpoint of step {step}; it has {sorted(steps)}')
+  with _open(path) as manager:
+    step = _chosen(manager, step)
     try:
       return _restore(manager, step)
     except UserError:
       raise
     except (ValueError, KeyError, OSError) as error:   # Orbax has no error of its own for a checkpoint that lacks files
       first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-      raise UserError(f'checkpoint {step} in {str(folder)!r} cannot be read; is it whole? {first_line}') from error
+      raise UserError(f'checkpoint {step} in {str(manager.directory)!r} cannot be read; is it whole? {first_line}') from error
+
+
+def step_of(path: storage.Path, step: int | Literal['best'] | None = None) -> int:
+  """The number of the checkpoint that `load` would read. Raises UserError as `load` does."""
+  with _open(path) as manager:
+    return _chosen(manager, step)
+
+
+def _open(path: storage.Path) -> ocp.CheckpointManager:
+  options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False, best_fn=score)
+  return ocp.CheckpointManager(storage.absolute(checkpoint_folder(path)), options=options)
+
+
+def _chosen(manager: ocp.CheckpointManager, step: int | Literal['best'] | None) -> int:
+  steps, where = sorted(manager.all_steps()), str(manager.directory)
+  if step == BEST:
+    if (best := manager.best_step()) is None:
+      raise UserError(f"{where!r} has no scored checkpoint; a run scores them when its config names checkpoint.best, "
+                      "such as 'eval/heldout_style/concept_top1'")
+    return best
+  if step is not None and step not in steps:
+    raise UserError(f'{where!r} has no checkpoint of step {step}; it has {steps}')
+  return steps[-1] if step is None else step
+
+
+def score(metrics: Mapping[str, float]) -> float:
+  """What the best checkpoint has most of; a number that is not finite is worst of all."""
+  return metrics[SCORE] if math.isfinite(metrics[SCORE]) else -math.inf
 
 
 def _restore(manager: ocp.CheckpointManager, step: int) -> Loaded:
@@ -83,7 +109,7 @@ def _restore(manager: ocp.CheckpointManager, step: int) -> Loaded:
 def _abstract(config: config_lib.Config) -> dict[str, Any]:
   """Shapes of the part of the state that inference reads, on one device whatever mesh wrote it."""
   shapes = jax.eval_shape(lambda rng: lightclip.init_variables(config.model, rng), jax.random.key(0))
-  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   place = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)  # noqa: E731
   wanted = {'ema' if config.optimizer.ema_decay else 'params': shapes['params']}
   if shapes.get('batch_stats'):

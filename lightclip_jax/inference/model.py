@@ -5,16 +5,16 @@ Letters: N examples, b examples that a tower gets at a time, S image size, W tex
 import dataclasses
 import functools
 import os
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from lightclip_jax import storage
 from lightclip_jax.data.tokenizers import Tokenizer
 from lightclip_jax.errors import UserError
-from lightclip_jax.inference import checkpoint, exported
+from lightclip_jax.inference import checkpoint, exported, open_clip
 from lightclip_jax.inference import class_names as class_names_lib
 from lightclip_jax.inference import images as images_lib
 from lightclip_jax.models import lightclip
@@ -92,12 +92,14 @@ class Model:
 
 
 def load(path: str | os.PathLike[str]) -> Model:
-  """The newest checkpoint of a training run, or an exported folder.
+  """The newest checkpoint of a training run, an exported folder, or a folder of open_clip whose towers we have.
 
   Raises:
     UserError: for a path that is none of these, or one that is damaged.
   """
-  path = pathlib.Path(path)
+  path = storage.path(path)
+  if (path / open_clip.CONFIG_FILE).is_file():
+    return Model(**open_clip.load(path))
   if (path / exported.MODEL_FILE).is_file():
     return Model(**exported.load(path))
   return from_checkpoint(checkpoint.load(path))

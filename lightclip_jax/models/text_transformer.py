@@ -25,6 +25,7 @@ class TextTransformer(nn.Module):
   """Token and position embeddings, the blocks, a final LayerNorm; the embedding is read at the end token."""
   text: config.TextTower
   dtype: jnp.dtype = jnp.float32
+  epsilon: float = 1e-5   # of the LayerNorms
 
   def setup(self) -> None:
     text = self.text
@@ -34,10 +35,10 @@ class TextTransformer(nn.Module):
     self.position_embedding = self.param('position_embedding', nn.initializers.normal(0.01), (text.context, text.width))
     normal, width = nn.initializers.normal, text.width
     out_init = normal((2 * width * text.depth) ** -0.5)
-    self.blocks = [layers.TransformerBlock(text.heads, 1e-5, text.dropout, False, (normal(width ** -0.5), out_init),
+    self.blocks = [layers.TransformerBlock(text.heads, self.epsilon, text.dropout, False, (normal(width ** -0.5), out_init),
                                            (normal((2 * width) ** -0.5), out_init), name=f'block{i}')
                    for i in range(text.depth)]
-    self.final_norm = nn.LayerNorm(1e-5, dtype=self.dtype)
+    self.final_norm = nn.LayerNorm(self.epsilon, dtype=self.dtype)
 
   def __call__(self, tokens_W: jax.Array, inject: Inject | None = None, *, train: bool = False,
                example_index: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:

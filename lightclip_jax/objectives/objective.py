@@ -1,6 +1,6 @@
 """The training objective: named terms, each with a weight that may follow a schedule, and their sum.
 
-Letters: B batch, W text positions, K masked positions.
+Letters: B batch, W text positions, K masked positions, E the teacher's embedding.
 
 A new loss is a new file, and one line in `TERMS` that names its section of `config.Objective` and builds it.
 """
@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from lightclip_jax import config
 from lightclip_jax.errors import UserError
 from lightclip_jax.objectives.contrastive import softened_contrastive_loss
+from lightclip_jax.objectives.distillation import distillation_loss
 from lightclip_jax.objectives.masked_lm import masked_lm_loss
 from lightclip_jax.objectives.sigmoid import sigmoid_contrastive_loss
 from lightclip_jax.objectives.token_matching import token_matching_loss
@@ -43,6 +44,8 @@ class Inputs:
   word_mask: jax.Array | None = None                  # bool [B, W], neither padding nor special
   masked_lm_labels: jax.Array | None = None           # int32 [B, K]
   masked_lm_weights: jax.Array | None = None          # float32 [B, K]
+  teacher_image: jax.Array | None = None              # [B, E], unit vectors
+  teacher_text: jax.Array | None = None               # [B, E]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,10 +104,26 @@ class MaskedLMTerm:
     return loss, dict(masked_lm_accuracy=aux.accuracy)
 
 
+@dataclasses.dataclass(frozen=True)
+class DistillationTerm:
+  """The whole batch's similarities against a teacher's."""
+  options: config.Distillation
+  placement: Placement
+
+  def __call__(self, inputs: Inputs) -> tuple[jax.Array, Metrics]:
+    """The loss, which is 0 where student and teacher agree."""
+    out = inputs.outputs
+    loss, _ = distillation_loss(
+      out.image_embedding, out.text_embedding, inputs.teacher_image, inputs.teacher_text, inputs.scales.logit_scale,
+      temperature=self.options.temperature, mesh=self.placement.mesh, axes=self.placement.axes)
+    return loss, {}
+
+
 TERMS: dict[str, Callable[[Any, Placement], Callable[[Inputs], tuple[jax.Array, Metrics]]]] = {
   'contrastive': ContrastiveTerm,
   'token_matching': TokenMatchingTerm,
   'masked_lm': MaskedLMTerm,
+  'distillation': DistillationTerm,
 }
 
 
@@ -123,7 +142,7 @@ class Objective:
       UserError: when every term is left out.
     """
     sections = {name: getattr(options, name) for name in TERMS}
-    used = {name: o for name, o in sections.items() if (o.weight.start, o.weight.end) != (0, 0)}
+    used = {name: o for name, o in sections.items() if not o.weight.is_zero}
     if not used:
       raise UserError(f'all weights of the objective are 0; give one of {", ".join(TERMS)} a weight')
     return cls({name: TERMS[name](o, Placement(mesh, axes)) for name, o in used.items()},
@@ -139,12 +158,18 @@ class Objective:
     """Whether the model must guess masked words."""
     return 'masked_lm' in self.terms
 
+  @property
+  def needs_teacher(self) -> bool:
+    """Whether the batch must bring a teacher's embeddings."""
+    return 'distillation' in self.terms
+
   def __call__(self, outputs: Outputs, scales: Scales, *, progress: jax.Array | float,
                duplicate_ids: jax.Array | None = None, word_mask: jax.Array | None = None,
-               masked_lm_labels: jax.Array | None = None,
-               masked_lm_weights: jax.Array | None = None) -> tuple[jax.Array, Metrics]:
+               masked_lm_labels: jax.Array | None = None, masked_lm_weights: jax.Array | None = None,
+               teacher_image: jax.Array | None = None, teacher_text: jax.Array | None = None) -> tuple[jax.Array, Metrics]:
     """The total and its metrics, float32 scalars; `loss_NAME` is a term before its weight. Arguments: see `Inputs`."""
-    inputs = Inputs(outputs, scales, progress, duplicate_ids, word_mask, masked_lm_labels, masked_lm_weights)
+    inputs = Inputs(outputs, scales, progress, duplicate_ids, word_mask, masked_lm_labels, masked_lm_weights,
+                    teacher_image, teacher_text)
     total, metrics = jnp.float32(0), {}
     for name, term in self.terms.items():
       loss, measured = term(inputs)

@@ -77,7 +77,7 @@ class Ring:
     return start + jnp.arange(share, dtype=jnp.int32)
 
   def rotate(self, tree: Any) -> Any:
-    """The neighbour's `tree` of [b, ...] arrays of 4-byte numbers, in one transfer for each direction, inside `run`."""
+    """The neighbour's `tree` of [b, ...] arrays of 4- or 8-byte numbers, in one transfer for each direction, inside `run`."""
     leaves, treedef = jax.tree.flatten(tree)
     share, n = leaves[0].shape[0], self.size
     # As integers, since a float unit may take small ones for denormal numbers and write zeros.
@@ -91,8 +91,10 @@ class Ring:
     else:
       parcel = jax.lax.ppermute(parcel, self.axes, forward)
     ends = list(itertools.accumulate(x.shape[1] for x in bits))[:-1]
-    return treedef.unflatten([jax.lax.bitcast_convert_type(x, like.dtype).reshape(like.shape)
-                              for x, like in zip(jnp.split(parcel, ends, axis=1), leaves, strict=True)])
+    def unpack(x: jax.Array, like: jax.Array) -> jax.Array:
+      words = (2,) if like.dtype.itemsize == 8 else ()
+      return jax.lax.bitcast_convert_type(x.reshape(*like.shape, *words), like.dtype)
+    return treedef.unflatten(map(unpack, jnp.split(parcel, ends, axis=1), leaves))
 
   def fold(self, block: Callable[[Any, Any], tuple[Any, Any]], merge: Callable[[Any, Any], Any], rows: Any,
            columns: Any, row_sums: Any, column_sums: Any) -> tuple[Any, Any]:

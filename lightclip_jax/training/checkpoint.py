@@ -1,15 +1,16 @@
 """Checkpoints of everything that a run needs to continue: state, data iterator, meter, config, tokenizer, preprocessing."""
 import dataclasses
-import pathlib
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
 from lightclip_jax import config as config_lib
+from lightclip_jax import storage
 from lightclip_jax.errors import UserError
-from lightclip_jax.inference.checkpoint import RUN, STATE
+from lightclip_jax.inference.checkpoint import RUN, SCORE, STATE, score
 from lightclip_jax.training.state import TrainState
 
 
@@ -27,10 +28,9 @@ class RunState:
 class Checkpointer:
   """Asynchronous, atomic saves into `workdir/checkpoints`, by steps and by minutes, whichever comes first."""
 
-  def __init__(self, workdir: pathlib.Path, config: config_lib.Checkpoint) -> None:
+  def __init__(self, workdir: storage.Path, config: config_lib.Checkpoint) -> None:
     self._config = config
-    options = ocp.CheckpointManagerOptions(max_to_keep=config.keep, enable_async_checkpointing=True)
-    self._manager = ocp.CheckpointManager((workdir / 'checkpoints').absolute(), options=options)
+    self._manager = ocp.CheckpointManager(storage.absolute(workdir / 'checkpoints'), options=_options(config))
     self._last_save = time.monotonic()
 
   def due(self, step: int) -> bool:
@@ -43,13 +43,31 @@ class Checkpointer:
     minutes = (time.monotonic() - self._last_save) / 60
     return bool(self._config.every_minutes and minutes >= self._config.every_minutes)
 
-  def save(self, step: int, state: TrainState, run: RunState) -> None:
-    """Copies the state off the devices and writes it in the background. A step that is saved already is left alone."""
+  def save(self, step: int, state: TrainState, run: RunState, metrics: Mapping[str, float] | None = None) -> None:
+    """Copies the state off the devices and writes it in the background. A step that is saved already is left alone.
+
+    Args:
+      step: its number.
+      state: arrays.
+      run: everything else.
+      metrics: of an evaluation of this very state; None: there was none.
+
+    Raises:
+      UserError: if the metric that decides which is best is not among them.
+    """
     if step in self._manager.all_steps():
       return
-    self._manager.save(step, args=ocp.args.Composite(**{
+    self._manager.save(step, metrics=self._score(metrics), args=ocp.args.Composite(**{
         STATE: ocp.args.StandardSave(_as_dict(state)), RUN: ocp.args.JsonSave(dataclasses.asdict(run))}))
     self._last_save = time.monotonic()
+
+  def _score(self, metrics: Mapping[str, float] | None) -> dict[str, float] | None:
+    best = self._config.best
+    if not best or metrics is None:
+      return None
+    if best not in metrics:
+      raise UserError(f'checkpoint.best is {best!r}, which no evaluation measures; there are: {", ".join(metrics)}')
+    return {best: metrics[best], SCORE: metrics[best] * (1 if self._config.best_mode == 'max' else -1)}
 
   def restore(self, like: TrainState) -> tuple[TrainState, RunState] | None:
     """The newest checkpoint in the shapes and shardings of `like`; None if there is none yet.
@@ -76,6 +94,16 @@ class Checkpointer:
   def close(self) -> None:
     """Waits and releases the threads."""
     self._manager.close()
+
+
+def _options(config: config_lib.Checkpoint) -> ocp.CheckpointManagerOptions:
+  """The newest are always kept, since a run continues at the newest; the best is kept beside them."""
+  if not config.best:
+    return ocp.CheckpointManagerOptions(max_to_keep=config.keep, enable_async_checkpointing=True)
+  policies = ocp.checkpoint_managers
+  keep = policies.AnyPreservationPolicy([
+    policies.LatestN(config.keep), policies.BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False)])
+  return ocp.CheckpointManagerOptions(preservation_policy=keep, best_fn=score, enable_async_checkpointing=True)
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:

@@ -1,12 +1,12 @@
 """What must fit together before a run starts. Each failure is one line that names the value and what would be right."""
 import dataclasses
 import json
-import pathlib
 from typing import Any
 
 import jax
 
 from lightclip_jax import config as config_lib
+from lightclip_jax import storage
 from lightclip_jax.data import manifest, tokenizers
 from lightclip_jax.errors import UserError
 
@@ -27,7 +27,7 @@ def check_batch(config: config_lib.Config, shards: int) -> None:
     raise UserError(f'train.batch_size is {batch}; it must be a multiple of {parts} '
                     f'({shards} devices × accumulate {accumulate})')
   groups = {'model.batch_norm': _group(config.model.batch_norm)}
-  if config.objective.token_matching.weight != config_lib.constant(0.0):
+  if not config.objective.token_matching.weight.is_zero:
     groups['objective.token_matching.group_size'] = config.objective.token_matching.group_size
   for name, size in groups.items():
     share = batch // shards if name.startswith('objective') else batch // parts
@@ -61,7 +61,7 @@ def check_tokenizer(config: config_lib.Config, tokenizer: tokenizers.Tokenizer) 
                     f'{tokenizer.end_id}')
 
 
-def check_splits(config: config_lib.Config, folder: pathlib.Path) -> None:
+def check_splits(config: config_lib.Config, folder: storage.Path) -> None:
   """The data have the splits that are evaluated.
 
   Raises:
@@ -70,6 +70,17 @@ def check_splits(config: config_lib.Config, folder: pathlib.Path) -> None:
   contents = manifest.load(folder)
   for split in config.evaluation.splits:
     contents.split(split)
+
+
+def check_teacher(config: config_lib.Config, dim: int) -> None:
+  """The teacher's embeddings beside the data have the dimension that the step is compiled for.
+
+  Raises:
+    UserError: naming both.
+  """
+  if config.objective.distillation.teacher_dim != dim:
+    raise UserError(f'objective.distillation.teacher_dim is {config.objective.distillation.teacher_dim}, but the teacher of '
+                    f'{config.data.dataset!r} has embeddings of {dim}')
 
 
 def check_steps(config: config_lib.Config) -> None:
@@ -84,7 +95,7 @@ def check_steps(config: config_lib.Config) -> None:
       raise UserError(f'{name} is {value}; it must be at least 1')
 
 
-def claim_workdir(workdir: pathlib.Path, config: config_lib.Config) -> None:
+def claim_workdir(workdir: storage.Path, config: config_lib.Config) -> None:
   """Writes `config.json` into a new workdir (one process does), or checks that an old one holds the same run.
 
   Raises:
@@ -106,9 +117,7 @@ def claim_workdir(workdir: pathlib.Path, config: config_lib.Config) -> None:
   if jax.process_index() > 0:
     return
   workdir.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_suffix('.tmp')
-  temporary.write_text(json.dumps(values, indent=2) + '\n')
-  temporary.replace(path)
+  storage.write_text(path, json.dumps(values, indent=2) + '\n')
 
 
 def _is_free(name: str) -> bool:

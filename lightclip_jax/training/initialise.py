@@ -1,12 +1,12 @@
 """What a fresh run starts from, where that is not chance: towers of others, or parts of an earlier run."""
 import dataclasses
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lightclip_jax import config as config_lib
+from lightclip_jax import storage
 from lightclip_jax.inference import checkpoint
 from lightclip_jax.models import pretrained
 from lightclip_jax.training.state import TrainState
@@ -42,7 +42,7 @@ def check(config: config_lib.Config, abstract: TrainState) -> None:
 def _apply(config: config_lib.Config, variables: pretrained.Variables) -> tuple[pretrained.Variables, list[str]]:
   init, lines = config.init, []
   if init.checkpoint:
-    source = checkpoint.load(pathlib.Path(init.checkpoint)).variables
+    source = checkpoint.load(storage.path(init.checkpoint)).variables
     variables, report = pretrained.restore_partially(source, variables, init.checkpoint_pattern)
     lines += [f'from {init.checkpoint!r}: {line}' for line in report.lines()]
   if init.image:

@@ -8,15 +8,14 @@ import base64
 import concurrent.futures
 import contextlib
 import dataclasses
-import pathlib
 import time
 from collections.abc import Iterator
 
 import jax
 
 from lightclip_jax import config as config_lib
-from lightclip_jax import distributed, sharding
-from lightclip_jax.data import datasets, pipeline
+from lightclip_jax import distributed, sharding, storage
+from lightclip_jax.data import datasets, pipeline, teacher
 from lightclip_jax.models import lightclip
 from lightclip_jax.training import checkpoint as checkpoint_lib
 from lightclip_jax.training import checks, evaluator, initialise, metrics, preemption
@@ -25,7 +24,7 @@ from lightclip_jax.training.step import Trainer, put_batch
 SLOW_SECONDS = 2 * 3600.0   # a run on a CPU that will take longer is advised to be the quick start
 
 
-def train(config: config_lib.Config, workdir: pathlib.Path) -> int:
+def train(config: config_lib.Config, workdir: storage.Path) -> int:
   """Trains to the end, or until SIGTERM or SIGINT; a workdir with history is continued.
 
   Returns:
@@ -47,10 +46,13 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> int:
 class Run:
   """One process's part of a training run."""
 
-  def __init__(self, config: config_lib.Config, workdir: pathlib.Path, stop: preemption.Preemption) -> None:
+  def __init__(self, config: config_lib.Config, workdir: storage.Path, stop: preemption.Preemption) -> None:
     self.config, self.workdir, self.step, self._stop = config, workdir, 0, stop
+    self._scores: dict[str, float] | None = None   # of the state as it is now
+    self._last_evaluation = time.monotonic()
     self._mesh = sharding.make_mesh(config.mesh)
     checks.check_steps(config)
+    evaluator.tasks_of(config)
     checks.check_batch(config, sharding.batch_shards(self._mesh))
     self._trainer = Trainer.create(config, self._mesh)
     self._abstract = self._trainer.abstract_state()
@@ -59,6 +61,9 @@ class Run:
     checks.check_splits(config, folder)
     self._tokenizer = pipeline.load_tokenizer(folder)
     checks.check_tokenizer(config, self._tokenizer)
+    distils = self._trainer.objective.needs_teacher
+    if distils:
+      checks.check_teacher(config, teacher.Teacher(folder).dim)
     if not workdir.exists():   # a run that continues needs these files no more
       initialise.check(config, self._abstract)
     checks.claim_workdir(workdir, config)
@@ -66,7 +71,7 @@ class Run:
     self._batches = pipeline.train_batches(
         folder, config.data, image_size=config.model.image.size, context=config.model.text.context,
         batch_size=config.train.batch_size, seed=config.train.seed, process_index=jax.process_index(),
-        process_count=jax.process_count())
+        process_count=jax.process_count(), with_teacher=distils)
     self._checkpointer = checkpoint_lib.Checkpointer(workdir, config.checkpoint)
     self._pending: dict[str, jax.Array] | None = None
     self._faults: dict[str, int] = {}   # of the batches up to the pending step
@@ -100,17 +105,21 @@ class Run:
       self._one_step()
       if self.step == first + 2:   # the first step may still pay for start-up
         self._warn_if_slow((time.perf_counter() - start) * (total - self.step))
-      if self.step % self.config.evaluation.every_steps == 0 and self.step < total:
+      stop, late, evaluate = distributed.agree(
+          self.step, self._stop.requested, self._checkpointer.late, self._evaluation_is_late)
+      if (evaluate or self.step % self.config.evaluation.every_steps == 0) and self.step < total:
         self._evaluate()
-      stop, late = distributed.agree(self.step, self._stop.requested, self._checkpointer.late)
-      if late or self._checkpointer.due(self.step):
+      if late or self._checkpointer.due(self.step) or self._scored:
         self._save()
+    if self.step == total and self.config.checkpoint.best:
+      self._scores = self._evaluator.evaluate(self.step, self.state.evaluation_variables)
     self._save()
     self._checkpointer.wait()
     return self.step >= total
 
   def finish(self) -> None:
     """Final evaluation, table and report."""
+    self._writer.flush()   # the report draws what is logged
     self._writer.write(self.step, self._evaluator.finish(self.step, self.state.evaluation_variables))
 
   def close(self) -> None:
@@ -151,6 +160,7 @@ class Run:
     start = time.perf_counter()
     arrays = next(self._batches)
     self._clock.waited(time.perf_counter() - start)
+    self._scores = None
     self.state, fresh = self._compiled_step(self.state, put_batch(arrays, self._mesh))
     self._settle()
     self.step += 1
@@ -168,18 +178,31 @@ class Run:
       self._writer.write(self.step, values | {f'data/left_out_{reason}': count for reason, count in self._faults.items()})
       distributed.say(metrics.console_line(self.step, self.config.train.steps, values))
 
+  @property
+  def _evaluation_is_late(self) -> bool:
+    minutes = self.config.evaluation.every_minutes
+    return bool(minutes and time.monotonic() - self._last_evaluation >= 60 * minutes)
+
+  @property
+  def _scored(self) -> bool:
+    """Whether this step was evaluated and that decides which checkpoint is best: then it must be one."""
+    return bool(self.config.checkpoint.best) and self._scores is not None
+
   def _evaluate(self) -> None:
     self._settle()
     with self._outside_training():
-      self._writer.write(self.step, self._evaluator.evaluate(self.state.evaluation_variables))
+      self._scores = self._evaluator.evaluate(self.step, self.state.evaluation_variables)
+      self._writer.write(self.step, self._scores)
+    self._last_evaluation = time.monotonic()
 
   def _save(self) -> None:
     self._settle()
     with self._outside_training():
-      self._checkpointer.save(self.step, self.state, checkpoint_lib.RunState(
+      self._checkpointer.save(self.step, self.state, metrics=self._scores, run=checkpoint_lib.RunState(
           iterator=self._batches.state(), meter=self._meter.state(), config=dataclasses.asdict(self.config),
           preprocessing=lightclip.preprocessing(self.config.model),
           tokenizer=base64.b64encode(self._tokenizer.to_bytes()).decode(), tokenizer_kind=self._tokenizer.suffix))
+      self._writer.flush()   # what a run that continues here will not log again
 
   @contextlib.contextmanager
   def _outside_training(self) -> Iterator[None]:

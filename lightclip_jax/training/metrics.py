@@ -2,11 +2,17 @@
 import json
 import math
 import pathlib
+import shutil
+import tempfile
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import tensorboardX
+
+from lightclip_jax import storage
+
+COPY_SECONDS = 30   # between copies of the logs into a bucket, which takes one file about once a second
 
 
 class Meter:
@@ -65,34 +71,56 @@ class Clock:
 
 
 class MetricWriter:
-  """Appends to `metrics.jsonl` and TensorBoard; lines after `resume_step` (of a run that was killed) are dropped first."""
+  """Appends to `metrics.jsonl` and TensorBoard; lines after `resume_step` (of a run that was killed) are dropped first.
 
-  def __init__(self, workdir: pathlib.Path, resume_step: int) -> None:
-    self._path = workdir / 'metrics.jsonl'
-    if self._path.exists():
-      kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= resume_step]
-      temporary = self._path.with_suffix('.tmp')
-      temporary.write_text(''.join(line + '\n' for line in kept))
-      temporary.replace(self._path)
-    self._file = self._path.open('a', buffering=1)
-    self._board = tensorboardX.SummaryWriter(str(workdir / 'tensorboard'), purge_step=resume_step + 1)
+  In a bucket nothing can be appended to: the files lie on this host's disk, and are copied there every half minute.
+  """
+
+  def __init__(self, workdir: storage.Path, resume_step: int) -> None:
+    self._workdir, self._copied = workdir, time.monotonic()
+    self._local = pathlib.Path(tempfile.mkdtemp()) if storage.in_bucket(workdir) else workdir
+    old, path = workdir / 'metrics.jsonl', self._local / 'metrics.jsonl'
+    if old.exists():
+      kept = [line for line in old.read_text().splitlines() if _step_of(line) <= resume_step]
+      storage.write_text(path, ''.join(line + '\n' for line in kept))
+    self._file = path.open('a', buffering=1)
+    self._board = tensorboardX.SummaryWriter(str(self._local / 'tensorboard'), purge_step=resume_step + 1)
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
     """One line, flushed at once."""
     self._file.write(json.dumps({'step': step, **{k: float(v) for k, v in values.items()}}) + '\n')
     for name, value in values.items():
       self._board.add_scalar(name, value, step)
+    if time.monotonic() - self._copied > COPY_SECONDS:
+      self.flush()
+
+  def flush(self) -> None:
+    """Brings what is written into the workdir."""
+    if self._local == self._workdir:
+      return
+    self._board.flush()
+    for file in self._local.rglob('*.*'):
+      place = self._workdir / file.relative_to(self._local)
+      place.parent.mkdir(parents=True, exist_ok=True)
+      place.write_bytes(file.read_bytes())
+    self._copied = time.monotonic()
 
   def close(self) -> None:
     """Flushes everything."""
     self._file.close()
     self._board.close()
+    self.flush()
+    if self._local != self._workdir:
+      shutil.rmtree(self._local)
 
 
 class NoWriter:
   """Where another process writes."""
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
+    """Nothing."""
+
+  def flush(self) -> None:
     """Nothing."""
 
   def close(self) -> None:

@@ -1,6 +1,7 @@
 """One training step, pure: (state, batch) -> (state, metrics). The loop only binds it to jit.
 
-Letters: B global batch, K micro-batches, S image side, W text positions, M masked positions.
+Letters: B global batch, K micro-batches, S image side, W text positions, M masked positions,
+E a teacher's embedding.
 """
 import dataclasses
 import functools
@@ -33,6 +34,8 @@ class Batch:
   masked_labels: jax.Array     # int32 [B, M]
   masked_weights: jax.Array    # float32 [B, M]
   caption_id: jax.Array        # int32 [B]
+  teacher_image: jax.Array | None = None   # float16 [B, E]; None where nothing is distilled
+  teacher_text: jax.Array | None = None    # float16 [B, E]
 
 
 def abstract_batch(config: config_lib.Config, mesh: jax.sharding.Mesh) -> Batch:
@@ -43,17 +46,20 @@ def abstract_batch(config: config_lib.Config, mesh: jax.sharding.Mesh) -> Batch:
   def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((config.train.batch_size, *shape), dtype, sharding=place)
 
+  distillation = config.objective.distillation
+  teacher = {} if distillation.weight.is_zero else {
+      name: array(jnp.float16, distillation.teacher_dim) for name in ('teacher_image', 'teacher_text')}
   return Batch(image=array(jnp.uint8, size, size, 3), tokens=array(jnp.int32, context), word_mask=array(jnp.bool_, context),
                masked_tokens=array(jnp.int32, context), masked_positions=array(jnp.int32, masked),
                masked_labels=array(jnp.int32, masked), masked_weights=array(jnp.float32, masked),
-               caption_id=array(jnp.int32))
+               caption_id=array(jnp.int32), **teacher)
 
 
 def put_batch(arrays: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh) -> Batch:
   """This process's rows as its part of the global batch on the devices."""
   place = sharding.batch_sharding(mesh)
   return Batch(**{field.name: jax.make_array_from_process_local_data(place, arrays[field.name])
-                  for field in dataclasses.fields(Batch)})
+                  for field in dataclasses.fields(Batch) if field.name in arrays or not field.name.startswith('teacher')})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +130,8 @@ class Trainer:
                     lightclip.clipped_scale(heads['token_logit_scale']))
     total, metrics = self.objective(
         outputs, scales, progress=progress, duplicate_ids=batch.caption_id, word_mask=batch.word_mask,
-        masked_lm_labels=batch.masked_labels, masked_lm_weights=batch.masked_weights)
+        masked_lm_labels=batch.masked_labels, masked_lm_weights=batch.masked_weights,
+        teacher_image=batch.teacher_image, teacher_text=batch.teacher_text)
     return total, (metrics | {'logit_scale': scales.logit_scale}, statistics)
 
   def encode(self, params: Any, state: state_lib.TrainState, batch: Batch) -> tuple[Outputs, Any]:
@@ -134,6 +141,7 @@ class Trainer:
     index_B = jnp.arange(batch.tokens.shape[0], dtype=jnp.int32)
     if count == 1:
       return self._apply(params, state, batch, index_B)
+    batch = dataclasses.replace(batch, teacher_image=None, teacher_text=None)   # for the loss, which sees them whole
     micro = sharding.to_micro_batches((batch, index_B), count, self.mesh)
     apply = jax.checkpoint(lambda batch, index: self._apply(params, state, batch, index))
     _, (outputs, statistics) = jax.lax.scan(lambda carry, part: (carry, apply(*part)), None, micro)

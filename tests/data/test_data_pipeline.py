@@ -47,6 +47,7 @@ def test_shapes_dtypes_and_meaning(shapes_folder):
       'image': ((16, 16, 16, 3), np.uint8), 'tokens': ((16, 20), np.int32), 'word_mask': ((16, 20), np.bool_),
       'masked_tokens': ((16, 20), np.int32), 'masked_positions': ((16, 4), np.int32),
       'masked_labels': ((16, 4), np.int32), 'masked_weights': ((16, 4), np.float32), 'caption_id': ((16,), np.int32),
+      'caption_number': ((16,), np.int32),
       'example_id': ((16,), np.int64)}
   assert {name: (v.shape, v.dtype.type) for name, v in batch.items()} == expected
   tokenizer = pipeline.load_tokenizer(shapes_folder)

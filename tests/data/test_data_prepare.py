@@ -31,6 +31,7 @@ def test_prepares_says_what_and_is_done_the_second_time(tmp_path):
     (['shapes'], 'required: --out'),
     (['shapes', '--out=x', '--size=0'], "'0' is not a whole number from 8 to 1024"),
     (['shapes', '--out=x', '--processes=-1'], "'-1' is not a whole number"),
+    (['teacher', '--data=x'], 'required: --model'),
     ([], 'required: KIND')])
 def test_bad_command_lines(arguments, said, capsys):
   with pytest.raises(SystemExit) as end:
@@ -42,6 +43,11 @@ def test_help_has_an_example(capsys):
   with pytest.raises(SystemExit):
     prepare.parse(['--help'])
   assert 'example: python -m lightclip_jax.prepare emoji' in capsys.readouterr().out
+
+
+def test_a_teacher_that_is_not_there(tmp_path):
+  done = _run('teacher', '--model=/nowhere', f'--data={tmp_path}')
+  assert done.returncode == 2 and "'/nowhere' holds no checkpoint" in done.stderr and done.stderr.count('\n') == 1
 
 
 def test_foreign_folder_is_one_line_or_a_traceback(tmp_path):

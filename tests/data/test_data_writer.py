@@ -122,7 +122,7 @@ def test_of_several_processes_one_writes(tmp_path):
   processes = [context.Process(target=_prepare_slowly, args=(tmp_path / 'out', queue)) for _ in range(3)]
   for process in processes:
     process.start()
-  wrote = [queue.get(timeout=60) for _ in processes]
+  wrote = [queue.get(timeout=300) for _ in processes]
   for process in processes:
     process.join()
   assert sorted(wrote) == [False, False, True] and [p.exitcode for p in processes] == [0, 0, 0]

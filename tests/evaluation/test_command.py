@@ -11,7 +11,7 @@ from lightclip_jax import config, evaluate
 from lightclip_jax.data import pipeline
 from lightclip_jax.data.datasets import shapes
 from lightclip_jax.evaluation import evaluate as evaluation
-from lightclip_jax.evaluation import gallery, matching, metrics, report
+from lightclip_jax.evaluation import gallery, insight, matching, metrics, report
 from lightclip_jax.evaluation.embed import Embedder
 from lightclip_jax.evaluation.session import Session
 from lightclip_jax.inference import checkpoint
@@ -47,7 +47,7 @@ def session(folder, loaded):
 
 
 def test_the_command_writes_what_the_function_measures(folder, loaded, session, monkeypatch, tmp_path, capsys):
-  monkeypatch.setattr(checkpoint, 'load', lambda path: loaded)
+  monkeypatch.setattr(checkpoint, 'load', lambda path, step: loaded)
   out = tmp_path / 'results.json'
   evaluate.main(evaluate.parse(['--checkpoint=run', '--task=heldout_style', f'--out={out}']))
   read = json.loads(out.read_text())
@@ -77,7 +77,14 @@ def test_report_of_a_real_model(session, loaded, tmp_path):
     total = sum(heat.sum() for heat in one.heat)
     pieces = loaded.tokenizer.encode([' '.join(one.words)], 12)
     assert total == pytest.approx(min(grid * grid, loaded.tokenizer.word_mask(pieces).sum()), rel=0.02)   # one-to-one
-  page = report.write_report(tmp_path, results, pictures, drawn, loaded.config).read_text(encoding='utf-8')
+  looked = insight.look(session, 'heldout_style', ['heldout_images'])
+  accuracy = metrics.scalars(results)['eval/heldout_style/group_top1']
+  assert sum(row.count for row in looked.confused) == 108
+  assert sum(row.count * row.accuracy for row in looked.confused) / 108 == pytest.approx(accuracy)
+  for row in looked.neighbours:
+    cosines = [cosine for _, cosine in row.nearest]
+    assert row.query.style == 'small' and cosines == sorted(cosines, reverse=True) and len(cosines) == 5
+  page = report.write_report(tmp_path, results, pictures, drawn, loaded.config, looked).read_text(encoding='utf-8')
   assert page.count('<article') == 6 and page.count('alt="where the model finds') == sum(len(m.words) for m in drawn)
   assert all(picture.name in page for picture in pictures)
 

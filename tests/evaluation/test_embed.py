@@ -91,8 +91,8 @@ def test_a_new_embedder_with_new_weights_compiles_nothing(images):
 
 
 def test_text_batches_have_one_shape():
-  rows = list(make(8)._token_batches(np.arange(20)[:, None]))
-  assert [len(tokens) for tokens, _ in rows] == [8, 8, 8]
+  rows = list(make(8)._shares(np.arange(20)[:, None], batch_size=8))
+  assert [len(tokens) for (tokens,), _ in rows] == [8, 8, 8]
   assert [i for _, index in rows for i in index if i >= 0] == list(range(20))
 
 
@@ -101,8 +101,8 @@ def test_processes_share_the_texts(monkeypatch):
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
   for process in (0, 1):
     monkeypatch.setattr(jax, 'process_index', lambda process=process: process)
-    rows = list(make(8)._token_batches(np.arange(10)[:, None]))
-    assert [len(tokens) for tokens, _ in rows] == [4, 4]   # as many in each, or collectives hang
+    rows = list(make(8)._shares(np.arange(10)[:, None], batch_size=8))
+    assert [len(tokens) for (tokens,), _ in rows] == [4, 4]   # as many in each, or collectives hang
     seen += [i for _, index in rows for i in index if i >= 0]
   assert sorted(seen) == list(range(10))
 

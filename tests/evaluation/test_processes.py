@@ -13,17 +13,21 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lightclip_jax.data import pipeline
 from lightclip_jax.data.datasets import shapes
-from lightclip_jax.evaluation import evaluate, metrics
+from lightclip_jax.evaluation import evaluate, metrics, tasks
 from lightclip_jax.evaluation.embed import Embedder
+from lightclip_jax.evaluation.session import Session
+from lightclip_jax.evaluation.tasks import pointing
 
 
 def measure(folder, batch_size):
-  from test_tasks import MODEL, SPLITS, Colours
+  from test_tasks import MODEL, MORE, SPLITS, Colours
+  pointing.SCENES = 30
   sharding = NamedSharding(Mesh(np.asarray(jax.devices()), ('data',)), PartitionSpec('data'))
   variables = jax.device_put({'params': {'scale': np.float32(1)}}, NamedSharding(sharding.mesh, PartitionSpec()))
   embedder = Embedder(Colours(), MODEL, variables, pipeline.load_tokenizer(folder), sharding=sharding,
                       batch_size=batch_size)
-  return metrics.scalars(evaluate.evaluate_all(embedder, folder, SPLITS))
+  chosen = evaluate.of_splits(SPLITS) | tasks.choose(MORE)
+  return metrics.scalars(evaluate.run(Session(embedder, folder), chosen))
 
 
 @pytest.mark.slow

@@ -115,7 +115,7 @@ def test_class_embeddings_are_normalised_means_of_templates():
   (lambda e: retrieval(e, e[:0], np.arange(3), np.arange(0)), '0 texts'),
   (lambda e: class_embeddings(lambda t: e, ['a', ' ', 'b'], ['{}']), 'class 1 has no name'),
   (lambda e: class_embeddings(lambda t: e, ['a'], ['a photo']), "'a photo' must hold {} once"),
-  (lambda e: prompts.templates('nmae'), "unknown prompt set 'nmae'; there are name, photo"),
+  (lambda e: prompts.templates('nmae'), "unknown prompt set 'nmae'; there are digit, name, photo"),
 ])
 def test_errors_are_one_line_and_name_the_value(call, words):
   with pytest.raises(UserError, match=words) as caught:

@@ -11,7 +11,7 @@ import PIL.Image
 import pytest
 
 from lightclip_jax import config, evaluate
-from lightclip_jax.evaluation import curves, metrics, report
+from lightclip_jax.evaluation import calibration, curves, insight, metrics, report
 from lightclip_jax.evaluation.gallery import Picture
 from lightclip_jax.evaluation.matching import Matching
 from lightclip_jax.evaluation.metrics import Metric
@@ -75,14 +75,17 @@ def page(tmp_path):
   write_log(tmp_path)
   gallery = [picture(EVIL, EVIL, 'a', 'b', 'c', 'd'), picture('cat', 'dog', 'cow', 'cat', EVIL, 'e')]
   matchings = [Matching(gallery[0].image, 'noto', 'Apache-2.0', (EVIL, 'face'), (np.eye(4), np.zeros((4, 4))))]
-  path = report.write_report(tmp_path, RESULTS, gallery, matchings, config.replace(config.Config(), name=EVIL))
+  drawn = insight.Drawn(gallery[0].image, EVIL, 'twemoji', 'MIT')
+  looked = insight.Insight((insight.Confused(EVIL, 7, 0.25, ((EVIL, 0.5),)),), (insight.Neighbours(drawn, ((drawn, 0.75),)),),
+                           (calibration.Bin(0.25, 0.125, 8), calibration.Bin(0.75, 0.5, 8)), 0.1875)
+  path = report.write_report(tmp_path, RESULTS, gallery, matchings, config.replace(config.Config(), name=EVIL), looked)
   assert path == tmp_path / 'report' / 'index.html'
   return Page(path.read_text(encoding='utf-8'))
 
 
 def test_text_of_the_data_is_escaped(page):
   assert page.count('script') == 0
-  assert page.text.count(EVIL) >= 5          # title, picture, guesses, word, style: shown as they are
+  assert page.text.count(EVIL) >= 9          # title, picture, guesses, word, style, classes, neighbours: as they are
   assert not page.open                       # every tag was closed
 
 
@@ -94,9 +97,11 @@ def test_the_page_needs_nothing_else(page):
 
 
 def test_the_parts_are_there(page):
-  for title in ('Results', 'Accuracy over time', 'Losses', 'What it sees', 'Where it finds the words', 'Configuration'):
+  for title in ('Results', 'Accuracy over time', 'Losses', 'What it sees', 'Where it finds the words', 'What it gets wrong',
+                'What it finds similar', 'Configuration'):
     assert page.text.count(title) >= 1
-  assert page.count('svg') == 4 + 2 + 1      # loss terms, scale and speed, one accuracy
+  assert page.count('svg') == 4 + 2 + 1 + 1  # loss terms, scale and speed, one accuracy, calibration
+  assert 'off by 18.8 %' in page.text and 'twemoji (MIT)' in page.text
   assert page.count('img', alt='cat') == 1
   for kind in ('card picture', 'card picture missed'):
     assert page.count('article', **{'class': kind}) == 1

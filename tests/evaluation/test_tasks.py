@@ -13,13 +13,14 @@ from lightclip_jax import config
 from lightclip_jax.data import pipeline
 from lightclip_jax.data.datasets import shapes
 from lightclip_jax.errors import UserError
-from lightclip_jax.evaluation import evaluate, gallery, matching, metrics, tasks
+from lightclip_jax.evaluation import evaluate, gallery, matching, metrics, results, tasks
 from lightclip_jax.evaluation.embed import Embedder
 from lightclip_jax.evaluation.session import Session
-from lightclip_jax.evaluation.tasks import prepared
+from lightclip_jax.evaluation.tasks import pointing, prepared
 
 SPLITS = ('heldout_images', 'heldout_style', 'heldout_concepts')
-MODEL = config.replace(config.Model(), image=dict(size=16), text=dict(context=8))
+MODEL = config.replace(config.Model(), image=dict(size=16), text=dict(context=32))
+MORE = ('pointing', 'knn:groups', 'few_shot:digits')
 
 
 @pytest.fixture(scope='module')
@@ -102,20 +103,27 @@ class Colours(nn.Module):
   def encode_image(self, images):
     return self.scale * images.astype(jnp.float32).mean(axis=(1, 2)) / 255
 
+  def encode_tokens(self, images, tokens):
+    """Four patches, and words that are colours of no meaning."""
+    patches = images.astype(jnp.float32).reshape(len(images), 2, 8, 2, 8, 3).mean(axis=(2, 4)).reshape(len(images), 4, 3)
+    words = jnp.stack([jnp.cos(k * tokens.astype(jnp.float32)) for k in (1, 2, 3)], axis=-1)
+    return self.scale * patches / 255, words
+
   def encode_text(self, tokens):
     return self.scale * jnp.stack([jnp.cos(k * tokens.sum(axis=1).astype(jnp.float32)) for k in (1, 2, 3)], axis=-1)
 
 
-def test_one_and_eight_devices_give_the_same_metrics(folder):
-  results = []
+def test_one_and_eight_devices_give_the_same_metrics(folder, monkeypatch):
+  monkeypatch.setattr(pointing, 'SCENES', 30)
+  found = []
   for devices, batch_size in ((1, 7), (8, 7), (8, 64)):
     sharding = NamedSharding(Mesh(np.asarray(jax.devices()[:devices]), ('data',)), PartitionSpec('data'))
     variables = jax.device_put({'params': {'scale': 1.0}}, NamedSharding(sharding.mesh, PartitionSpec()))
     embedder = Embedder(Colours(), MODEL, variables, pipeline.load_tokenizer(folder), sharding=sharding,
                         batch_size=batch_size)
-    results.append(evaluate.evaluate_all(embedder, folder, SPLITS))
-  assert results[0] == results[1] == results[2]
-  assert len(results[0]) == 3 * 11
+    found.append(evaluate.run(Session(embedder, folder), evaluate.of_splits(SPLITS) | tasks.choose(MORE)))
+  assert found[0] == found[1] == found[2]
+  assert len(found[0]) == 3 * 11 + 2 + 2 + 3
 
 
 def test_gallery_mixes_right_and_wrong_and_is_deterministic(folder):
@@ -168,7 +176,7 @@ def test_pieces_join_to_words(pieces, words):
 
 def test_errors(folder, tmp_path):
   with pytest.raises(UserError, match="unknown task 'heldout_stile'; there are: heldout_images, heldout_style"):
-    evaluate.evaluate_tasks(Oracle(folder, None), folder, ['heldout_style', 'heldout_stile'])
+    tasks.choose(['heldout_style', 'heldout_stile'])
   with pytest.raises(UserError, match="no split 'nothing'"):
     evaluate.evaluate_all(Oracle(folder, None), folder, ['nothing'])
   with pytest.raises(UserError, match='data folder'):
@@ -176,14 +184,14 @@ def test_errors(folder, tmp_path):
 
 
 def test_a_task_is_one_entry(folder, monkeypatch):
-  mine = lambda session: [metrics.Metric(f'eval/{session.manifest.name}/x', 0.5, 4, 0.25)]   # noqa: E731
-  monkeypatch.setitem(tasks.TASKS, 'mine', mine)
-  assert metrics.scalars(evaluate.evaluate_tasks(Oracle(folder, None), folder, ['mine'])) == {'eval/shapes/x': 0.5}
+  monkeypatch.setitem(tasks.TASKS, 'mine', lambda session: [metrics.Metric(f'x_{session.manifest.name}', 0.5, 4, 0.25)])
+  got = evaluate.run(Session(Oracle(folder, None), folder), tasks.choose(['mine']))
+  assert metrics.scalars(got) == {'eval/mine/x_shapes': 0.5}
 
 
 def test_json_holds_value_count_chance_and_interval(folder, tmp_path):
-  results = evaluate.evaluate_all(Oracle(folder, lambda r: r.concept), folder, ['heldout_style'])
-  evaluate.write_json(tmp_path / 'new' / 'out.json', results, step=7)
+  found = evaluate.evaluate_all(Oracle(folder, lambda r: r.concept), folder, ['heldout_style'])
+  results.write_json(tmp_path / 'new' / 'out.json', found, step=7)
   read = json.loads((tmp_path / 'new' / 'out.json').read_text())
   assert read['step'] == 7
   first = read['metrics'][0]

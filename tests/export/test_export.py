@@ -1,5 +1,6 @@
 """Exported folders are the model, hold nothing else, and say in one line what is wrong with them."""
 import json
+import pickle
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import small_checkpoint
 
 import lightclip_jax
 from lightclip_jax import config as config_lib
+from lightclip_jax.data import tokenizers
 from lightclip_jax.data.datasets import shapes
 from lightclip_jax.errors import UserError
 from lightclip_jax.export import __main__ as command
@@ -98,7 +100,6 @@ def test_wider_text_tower_without_a_mask_ignores_padding(heads):
 
 
 def _tokenizer():
-  from lightclip_jax.data import tokenizers
   return tokenizers.train(small_checkpoint.CAPTIONS * 20, 60)
 
 
@@ -127,7 +128,7 @@ def _open_clip_text(w, config, tokens):
   return out / np.linalg.norm(out, axis=-1, keepdims=True)
 
 
-def test_open_clip_folder(workdir, tmp_path, monkeypatch, capsys):
+def test_open_clip_folder(workdir, model, tmp_path, monkeypatch, capsys):
   pytest.importorskip('safetensors')
   pytest.importorskip('tokenizers')
   from safetensors.numpy import load_file
@@ -136,13 +137,41 @@ def test_open_clip_folder(workdir, tmp_path, monkeypatch, capsys):
   assert 'not verified' in capsys.readouterr().out
   names = set(load_file(tmp_path / 'out/open_clip_model.safetensors'))
   assert {n.split('.')[0] for n in names} == {'visual', 'text', 'logit_scale'}
+  assert load_file(tmp_path / 'out/open_clip_model.safetensors')['logit_scale'].shape == ()
   config = json.loads((tmp_path / 'out/open_clip_config.json').read_text())
   assert config['model_cfg']['vision_cfg']['timm_pool'] == 'token' and config['preprocess_cfg']['size'] == 32
   assert json.loads((tmp_path / 'out/model.json').read_text())['hugging_face_tokenizer']
-  with pytest.raises(UserError, match='is an export for open_clip; load the checkpoint'):
-    lightclip_jax.load(tmp_path / 'out')
   about = json.loads((tmp_path / 'out/trunk/config.json').read_text())
   assert about['architecture'] == 'vit_tiny_patch16_224' and about['model_args']['img_size'] == 32
+  moved = (tmp_path / 'out').rename(tmp_path / 'moved')
+  same_embeddings(lightclip_jax.load(moved), model)
+  (moved / 'tokenizer.model').unlink()   # with its Hugging Face form alone, as in folders of others
+  np.testing.assert_allclose(lightclip_jax.load(moved).encode_text(TEXTS), model.encode_text(TEXTS), atol=1e-4)
+  _refuses_what_it_does_not_know(moved, config)
+
+
+def _refuses_what_it_does_not_know(folder, config):
+  for section, changes, words in (
+      ('vision_cfg', dict(timm_model_name='resnet50'), "image tower is 'resnet50'; known are"),
+      ('vision_cfg', dict(timm_proj='mlp'), "timm_proj is 'mlp'; only 'linear'"),
+      ('vision_cfg', dict(image_size=64), 'makes images of 32, the tower wants 64'),
+      ('text_cfg', dict(hf_model_name='roberta-base'), 'hf_model_name is'),
+      ('text_cfg', dict(pool_type='last'), "pool_type is 'last'"),
+      ('text_cfg', dict(eos_id=7), 'ends with 3, its text tower 60 and 7'),
+      ('text_cfg', dict(layers=3), 'has shape none, the tower needs')):
+    model_cfg = config['model_cfg'] | {section: config['model_cfg'][section] | changes}
+    (folder / 'open_clip_config.json').write_text(json.dumps(config | {'model_cfg': model_cfg}))
+    with pytest.raises(UserError, match=words) as error:
+      lightclip_jax.load(folder)
+    assert '\n' not in str(error.value) and str(folder) in str(error.value)
+  (folder / 'open_clip_config.json').write_text(json.dumps(config))
+  for name, words in (('tokenizer.json', 'has no tokenizer file'), ('open_clip_model.safetensors', 'there is no weight file')):
+    (folder / name).unlink()
+    with pytest.raises(UserError, match=words):
+      lightclip_jax.load(folder)
+  (folder / 'open_clip_config.json').write_text('{}')
+  with pytest.raises(UserError, match='does not describe a model of open_clip'):
+    lightclip_jax.load(folder)
 
 
 def test_hugging_face_tokenizer_gives_the_same_ids(tmp_path):
@@ -150,9 +179,27 @@ def test_hugging_face_tokenizer_gives_the_same_ids(tmp_path):
   from lightclip_jax.export import hugging_face
   tokenizer = _tokenizer()
   converted = hugging_face.convert(tokenizer)
-  for text in (*small_checkpoint.CAPTIONS, 'A  RED house', ' sea ', 'zebra-crossing', '', 'ｔｗｏ'):
-    assert converted.encode(text).ids == [i for i in tokenizer.encode([text], 40)[0] if i != tokenizer.pad_id], text
-  assert hugging_face.write(tokenizer, 12, tmp_path) and (tmp_path / 'tokenizer.json').is_file()
+  texts = [*small_checkpoint.CAPTIONS, 'A  RED house', ' sea ', 'zebra-crossing', '', 'ｔｗｏ', 'a\tcat\nand\u00a0dog',
+           'É\u0301', '猫と犬', '👩\u200d👧', 'the sea ' * 50, 'ﬁne', '½ İ ß', '\u200b', '▁a']
+  for text in texts:
+    assert converted.encode(text).ids == [i for i in tokenizer.encode([text], 400)[0] if i != tokenizer.pad_id], text
+  assert hugging_face.write(tokenizer, 12, tmp_path)
+  again = tokenizers.load(tmp_path / 'tokenizer.json')
+  np.testing.assert_array_equal(again.encode(texts, 12), tokenizer.encode(texts, 12))
+  for name in ('vocab_size', 'pad_id', 'start_id', 'end_id', 'mask_id'):
+    assert getattr(again, name) == getattr(tokenizer, name), name
+  ids = tokenizer.encode(['a red circle'], 12)[0]
+  np.testing.assert_array_equal(again.word_mask(ids), tokenizer.word_mask(ids))
+  assert again.decode(ids) == tokenizer.decode(ids) == 'a red circle' and again.pieces(ids) == tokenizer.pieces(ids)
+  copy = pickle.loads(pickle.dumps(tokenizers.from_bytes(again.to_bytes(), '.json')))
+  np.testing.assert_array_equal(copy.encode(texts, 12), again.encode(texts, 12))
+  for junk, words in ((b'{}', 'is not a Hugging Face'), (_without_ends(again), 'empty text 0 tokens')):
+    with pytest.raises(UserError, match=words):
+      tokenizers.from_bytes(junk, '.json')
+
+
+def _without_ends(tokenizer):
+  return json.dumps(json.loads(tokenizer.to_bytes()) | {'post_processor': None}).encode()
 
 
 def test_a_tower_that_is_not_the_model_fails():

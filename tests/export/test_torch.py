@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import small_checkpoint
 
+import lightclip_jax
 from lightclip_jax import config as config_lib
 from lightclip_jax.data import tokenizers
 from lightclip_jax.errors import UserError
-from lightclip_jax.export import export
+from lightclip_jax.export import export, hugging_face, open_clip
 from lightclip_jax.inference import checkpoint
 from lightclip_jax.models import image_towers, lightclip, norm, pretrained
 
@@ -33,6 +34,30 @@ def test_open_clip_computes_what_the_model_computes(name, causal, tmp_path):
   print(*export.export(loaded, 'open_clip', tmp_path))
   cosines = json.loads((tmp_path / 'model.json').read_text())['cosines']
   assert set(cosines) == {'image/noise', 'text/noise'} and min(cosines.values()) > 0.99999
+
+
+@pytest.mark.parametrize('trunk, pool', [('resnet18', 'avg'), ('mobilenetv2_050', 'avg')])
+def test_folders_of_open_clip_itself_load_here(trunk, pool, tmp_path):
+  tokenizer = tokenizers.train(small_checkpoint.CAPTIONS * 20, 60)
+  assert hugging_face.write(tokenizer, 12, tmp_path)
+  vision = dict(timm_model_name=trunk, timm_model_pretrained=False, timm_pool=pool, timm_proj='linear', image_size=64)
+  text = dict(context_length=12, vocab_size=tokenizer.vocab_size, width=32, heads=2, layers=2, pool_type='eos',
+              eos_id=tokenizer.end_id, pad_id=tokenizer.pad_id)
+  preprocess = dict(size=64, mean=[0.5, 0.4, 0.3], std=[0.2, 0.3, 0.4], interpolation='bicubic', resize_mode='shortest')
+  (tmp_path / 'open_clip_config.json').write_text(json.dumps({
+    'model_cfg': dict(embed_dim=16, vision_cfg=vision, text_cfg=text, custom_text=True), 'preprocess_cfg': preprocess}))
+  environment = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
+  subprocess.run([TORCH_PYTHON, pathlib.Path(__file__).with_name('torch_files.py'), tmp_path, 'open_clip'], check=True,
+                 env=environment)
+  images = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), np.uint8)
+  texts = list(small_checkpoint.CAPTIONS)
+  np.savez(tmp_path / 'in.npz', image=images, text=tokenizer.encode(texts, 12))
+  subprocess.run([TORCH_PYTHON, '-I', pathlib.Path(open_clip.__file__).with_name('open_clip_side.py'), tmp_path,
+                  tmp_path / 'in.npz', tmp_path / 'out.npz'], check=True, env=environment)
+  model, theirs = lightclip_jax.load(tmp_path), np.load(tmp_path / 'out.npz')
+  errors = (np.abs(model.encode_image(images) - theirs['image']).max(), np.abs(model.encode_text(texts) - theirs['text']).max())
+  print(f'{trunk}: max difference of unit vectors, image {errors[0]:.2e}, text {errors[1]:.2e}')
+  assert max(errors) < 1e-4 and theirs['image'].std(0).max() > 1e-3
 
 
 def test_pth_files_of_torchvision(tmp_path):

@@ -56,6 +56,19 @@ def sigmoid(image, text, scale, bias):
   return loss, scale * slope @ text, scale * slope.T @ image, (slope * cosine).sum(), slope.sum()
 
 
+def distillation(image, text, teacher_image, teacher_text, scale, temperature):
+  """(loss, d image, d text, d scale): KL(teacher || student) of each row, then of each column, from whole matrices."""
+  image, text, teacher_image, teacher_text = (np.asarray(x, np.float64) for x in (image, text, teacher_image, teacher_text))
+  cosine, target = image @ text.T, teacher_image @ teacher_text.T / temperature
+  losses, slope = [], np.zeros_like(cosine)
+  for axis in (1, 0):
+    y, p = (np.exp(x - x.max(axis, keepdims=True)) for x in (target, scale * cosine))
+    y, p = (x / x.sum(axis, keepdims=True) for x in (y, p))
+    losses.append((y * (np.log(np.maximum(y, 1e-300)) - np.log(np.maximum(p, 1e-300)))).sum(axis).mean())
+    slope += (p - y) / (2 * len(image))
+  return sum(losses) / 2, scale * slope @ text, scale * slope.T @ image, (slope * cosine).sum()
+
+
 def sinkhorn(cost, epsilon, iterations=20000):
   """(plan [N, M], value) of the converged slack problem, by plain alternation in float64; no masks."""
   cost = np.asarray(cost, np.float64)

@@ -1,4 +1,14 @@
 """One run on other meshes, and what several processes agree on."""
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
 import jax
 import numpy as np
 import pytest
@@ -6,9 +16,12 @@ from tiny import TINY, random_batch
 
 from lightclip_jax import config as config_lib
 from lightclip_jax import distributed, sharding
+from lightclip_jax.data import datasets, pipeline
 from lightclip_jax.models import vit
 from lightclip_jax.training import checkpoint as checkpoint_lib
-from lightclip_jax.training.step import Trainer
+from lightclip_jax.training.step import Trainer, put_batch
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 WIDE = config_lib.replace(TINY, model=dict(text=dict(vocab_size=46)))   # a vocabulary that two devices can share
 
@@ -19,11 +32,12 @@ def trainer_on(count, config=WIDE, **mesh):
 
 @pytest.mark.slow
 def test_losses_do_not_depend_on_the_mesh(monkeypatch):
-  monkeypatch.setattr(vit, 'DEPTH', 2)   # has wide layers to split, and compiles in a fraction of the time
-  monkeypatch.setattr(vit, 'MAPS_AFTER', (1, 2))
+  monkeypatch.setattr(vit, 'DEPTH', 1)   # has wide layers to split, and compiles in a fraction of the time
+  monkeypatch.setattr(vit, 'MAPS_AFTER', (1,))
   monkeypatch.setattr(sharding, 'WHOLE_BELOW', 512)
   small = config_lib.replace(
-      WIDE, model=dict(image=dict(name='vit_ti', patch_size=8, stem_stride=2, width=1.0), fusion=dict(stages=((2, 1),))),
+      WIDE, model=dict(image=dict(name='vit_ti', patch_size=8, stem_stride=2, width=1.0), text=dict(depth=1),
+                       fusion=dict(stages=((1, 1),))),
       objective=dict(token_matching=dict(weight=config_lib.constant(0.0))))
   losses = []
   for count, mesh in ((1, {}), (8, {}), (8, dict(fsdp=2)), (8, dict(fsdp=2, tensor=2))):
@@ -65,6 +79,85 @@ def test_a_checkpoint_restores_on_other_meshes_bit_for_bit(tmp_path):
     checkpointer = checkpoint_lib.Checkpointer(tmp_path, WIDE.checkpoint)
     checkpointer.save(number, state, checkpoint_lib.RunState({'next_batch': 3}, {}, {}, {}, ''))
     checkpointer.close()
+
+
+def rows_of(path):
+  lines = path.read_text().splitlines() if path.exists() else []
+  return [json.loads(line) for line in lines if line.endswith(('}', ']'))]
+
+
+def losses_alone(config, steps, options):
+  """What one process on one device, here, learns from the same data; and its trainer."""
+  trainer = trainer_on(1, config)
+  batches = batches_of(config)
+  step, state, losses = trainer.lower_step().compile(compiler_options=options), trainer.init_state(), []
+  for _ in range(steps):
+    state, metrics = step(state, put_batch(next(batches), trainer.mesh))
+    losses.append(float(metrics['loss']))
+  batches.close()
+  return losses, trainer
+
+
+def batches_of(config):
+  return pipeline.train_batches(datasets.resolve('shapes'), config.data, image_size=config.model.image.size,
+                                context=config.model.text.context, batch_size=config.train.batch_size, seed=0)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_and_survive_a_loss(tmp_path, monkeypatch):
+  config = pathlib.Path(__file__).with_name('hosts_config.py')
+  workdir = tmp_path / 'two processes'
+  command = ['bash', str(ROOT / 'launch' / 'local_multihost.sh'), '2', f'--config={config}:{tmp_path}',
+             f'--workdir={workdir}', '--config.mesh.fsdp=2']
+  quick = dict(xla_backend_optimization_level=0, xla_llvm_disable_expensive_passes=True)   # to compile
+  environment = os.environ | {'XLA_FLAGS': ' '.join(f'--{name}={value}'.lower() for name, value in quick.items()),
+                              'PYTHONWARNINGS': 'ignore', 'PYTHON': sys.executable,
+                              'JAX_COMPILATION_CACHE_DIR': str(tmp_path / 'cache')}
+  options = dict(cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+  launcher = subprocess.Popen(command, **options)
+  deadline = time.monotonic() + 900
+  while not any(row['step'] >= 6 for row in rows_of(workdir / 'metrics.jsonl')):
+    assert launcher.poll() is None and time.monotonic() < deadline, launcher.communicate()
+    time.sleep(0.01)
+  children = pathlib.Path(f'/proc/{launcher.pid}/task/{launcher.pid}/children').read_text().split()
+  os.kill(int(children[1]), signal.SIGKILL)
+  killed = time.monotonic()
+  said = launcher.communicate(timeout=120)[1]
+  assert time.monotonic() - killed < 60, 'the other one must not wait for ever'
+  assert launcher.returncode != 0 and ('lost another process' in said or 'another task died' in said), said
+
+  again = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=900)
+  assert again.returncode == 0, again.stderr
+  assert len(re.findall(r'continues at step (4|8|12) ', again.stdout)) == 1, again.stdout
+  assert again.stdout.count('heldout_style/concept_top1') == 1, 'only one process speaks'
+
+  monkeypatch.setattr(sharding, 'WHOLE_BELOW', sharding.WHOLE_BELOW)   # the config file changes these three
+  monkeypatch.setattr(vit, 'DEPTH', vit.DEPTH)
+  monkeypatch.setattr(vit, 'MAPS_AFTER', vit.MAPS_AFTER)
+  hosts = config_lib.load(str(config))
+  losses, trainer = losses_alone(hosts, hosts.train.steps, quick)
+  logged = {row['step']: row['train/loss'] for row in rows_of(workdir / 'metrics.jsonl') if 'train/loss' in row}
+  np.testing.assert_allclose(list(logged.values()), losses, rtol=1e-5)
+  for later in (16, 20):
+    shutil.rmtree(workdir / 'checkpoints' / str(later))
+  check_restore(workdir, tmp_path, trainer, step=12)
+
+
+def check_restore(workdir, notes, trainer, step):
+  """One process restores what two have saved bit for bit, and reads next what they read next."""
+  checkpointer = checkpoint_lib.Checkpointer(workdir, trainer.config.checkpoint)
+  like = trainer.abstract_state()
+  state, run = checkpointer.restore(like)
+  checkpointer.close()
+  assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state))
+  with np.load(notes / f'state-{step}.npz') as saved:
+    for leaf, name in zip(jax.tree.leaves(state), saved.files, strict=True):
+      np.testing.assert_array_equal(leaf, saved[name])
+  batches = batches_of(trainer.config)
+  batches.restore(run.iterator)
+  shares = [dict(rows_of(notes / f'read-{process}.jsonl'))[step] for process in range(2)]
+  assert next(batches)['example_id'].tolist() == shares[0] + shares[1]
+  batches.close()
 
 
 def test_agreement_is_asked_for_at_some_steps_only(monkeypatch):

@@ -112,8 +112,8 @@ def test_bad_input_is_one_line(tmp_path, environment, arguments, parts):
   assert not (tmp_path / 'run').exists(), 'nothing may be written before all is checked'
 
 
-def test_a_bucket_is_not_a_folder_named_gs(environment):
-  done = finish('gs://bucket/run', environment)
+def test_a_bucket_is_not_a_folder_named_s3(environment):
+  done = finish('s3://bucket/run', environment)
   assert done.returncode == 2 and 'docs/SCALE.md' in done.stderr and done.stderr.count('\n') == 1
 
 

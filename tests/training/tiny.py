@@ -19,7 +19,7 @@ TINY = config_lib.replace(
     evaluation=dict(every_steps=1000, batch_size=64))
 
 
-def random_batch(mesh: jax.sharding.Mesh, seed: int = 0) -> tuple[dict[str, np.ndarray], object]:
+def random_batch(mesh: jax.sharding.Mesh, seed: int = 0, teacher_dim: int = 0) -> tuple[dict[str, np.ndarray], object]:
   """A global batch of noise whose pairs are all distinct, as numpy and on the devices."""
   rng = np.random.default_rng(seed)
   batch, context, masked = TINY.train.batch_size, TINY.model.text.context, TINY.data.max_masked
@@ -37,4 +37,8 @@ def random_batch(mesh: jax.sharding.Mesh, seed: int = 0) -> tuple[dict[str, np.n
       masked_tokens=masked_tokens, masked_positions=positions, masked_labels=labels,
       masked_weights=np.broadcast_to(np.float32([1, 1, 0]), (batch, masked)).copy(),
       caption_id=(np.arange(batch) // 2 * 2 % 50).astype(np.int32))  # some captions occur twice or more
+  if teacher_dim:
+    for name in ('teacher_image', 'teacher_text'):
+      rows = rng.normal(size=(batch, teacher_dim))
+      arrays[name] = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
   return arrays, put_batch(arrays, mesh)

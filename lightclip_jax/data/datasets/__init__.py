@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lightclip_jax import config as configs
+from lightclip_jax import storage
 from lightclip_jax.data import indexes, manifest, sources, tokenizers
 from lightclip_jax.data.datasets import emoji, shapes
 from lightclip_jax.data.sources.spec import Spec
@@ -33,7 +34,7 @@ def folder_of(name: str) -> pathlib.Path:
   return cache() / f'{name}-{EDITION[name]}'
 
 
-def resolve(name: str, options: configs.Data | None = None) -> pathlib.Path:
+def resolve(name: str, options: configs.Data | None = None) -> storage.Path:
   """The folder of a data set; a built-in one is prepared in the cache if it is not there yet.
 
   For KIND:PATH, and for several joined by " + ", that is a folder in the cache with a manifest that points to them, the
@@ -65,11 +66,11 @@ def about(name: str, options: configs.Data) -> dict[str, Any]:
   return {'parts': [part.json() for part in parts], 'weights': options.weights, 'holdout_every': options.holdout_every}
 
 
-def _prepared(name: str) -> pathlib.Path:
+def _prepared(name: str) -> storage.Path:
   if name in BUILT_IN:
     BUILT_IN[name](folder_of(name))
     return folder_of(name)
-  folder = pathlib.Path(name).expanduser()
+  folder = storage.path(name).expanduser()
   if not folder.exists():
     kinds = ', '.join(f'{kind}:' for kind in sources.SOURCES)
     raise UserError(f'data set {name!r} is neither a folder nor a built-in name ({", ".join(BUILT_IN)}) nor KIND:PATH '
@@ -79,26 +80,26 @@ def _prepared(name: str) -> pathlib.Path:
 
 def _spec(name: str, options: configs.Data) -> Spec:
   if name.partition(':')[0] not in sources.SOURCES:   # a prepared folder as a part of a mixture
-    folder = _prepared(name).absolute()
+    folder = _prepared(name)
     manifest.load(folder)
-    return Spec('array_record', str(folder))
+    return Spec('array_record', str(folder if storage.in_bucket(folder) else folder.absolute()))
   kind, path = sources.parse(name)
   path = path if '://' in path or kind == 'tfds' else os.path.abspath(os.path.expanduser(path))
   spec = Spec(kind, path, options.image_column, options.caption_column, options.image_root)
   return dataclasses.replace(spec, index=str(cache() / 'indexes' / indexes.digest(spec.json())))
 
 
-def _tokenizer_file(name: str, contents: dict[str, Any], options: configs.Data) -> pathlib.Path:
+def _tokenizer_file(name: str, contents: dict[str, Any], options: configs.Data) -> storage.Path:
   if options.tokenizer:
-    return pathlib.Path(options.tokenizer).expanduser()
+    return storage.path(options.tokenizer).expanduser()
   for part in contents['parts']:
     if part['kind'] == 'array_record':
-      return pathlib.Path(part['path']) / manifest.load(part['path']).tokenizer
+      return storage.path(part['path']) / manifest.load(part['path']).tokenizer
   raise UserError(f'{name!r} brings no tokenizer; set data.tokenizer to a file (python -m lightclip_jax.prepare tokenizer '
                   'makes one)')
 
 
-def _point_to(name: str, about: dict[str, Any], tokenizer_file: pathlib.Path) -> pathlib.Path:
+def _point_to(name: str, about: dict[str, Any], tokenizer_file: storage.Path) -> pathlib.Path:
   """A folder in the cache with the tokenizer and a manifest of what the sources hold now."""
   tokenizer = tokenizers.load(tokenizer_file)
   file = f'tokenizer{tokenizer.suffix}'

@@ -2,10 +2,10 @@
 
 A new kind is one file and a line in `SOURCES`. A source is named KIND:PATH, several as `KIND:PATH + KIND:PATH`.
 """
-import pathlib
 from collections.abc import Callable
 from typing import Any, Protocol, SupportsIndex
 
+from lightclip_jax import storage
 from lightclip_jax.data import manifest
 from lightclip_jax.data.records import Record
 from lightclip_jax.data.sources import array_record, folder, parquet, table, tfds, webdataset
@@ -38,7 +38,7 @@ SOURCES: dict[str, Callable[[Spec], Source]] = {
 HELDOUT = 'heldout'            # the split of a source that training leaves out, where `data.holdout_every` asks for one
 
 
-def open_split(folder: str | pathlib.Path, split: str) -> Source:
+def open_split(folder: str | storage.Path, split: str) -> Source:
   """The records of a split; UserError if there is no such folder or split."""
   contents = manifest.load(folder)
   if not contents.source:

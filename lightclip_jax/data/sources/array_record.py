@@ -1,9 +1,9 @@
 """Records of one split of a folder that `lightclip_jax.prepare` made."""
-import pathlib
 from typing import SupportsIndex
 
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
+from lightclip_jax import storage
 from lightclip_jax.data import indexes, manifest, records
 from lightclip_jax.data.faults import BadRecord
 from lightclip_jax.data.sources.spec import Spec
@@ -13,15 +13,16 @@ from lightclip_jax.errors import UserError
 class ArrayRecordSource:
   """Random access; picklable (each process opens the files itself) and safe to read from threads."""
 
-  def __init__(self, folder: str | pathlib.Path, split: str):
+  def __init__(self, folder: str | storage.Path, split: str):
     """Raises UserError if the folder, the split or a shard is not there."""
     self.folder, self.split = str(folder), split
     about = manifest.load(folder)
     contents = about.split(split)
-    paths = [pathlib.Path(folder) / shard for shard in contents.shards]
-    for path in paths:
-      if not path.is_file():
-        raise UserError(f'shard {str(path)!r} is missing; prepare the data set again')
+    there = {file.name for file in storage.path(folder).iterdir()}   # one question also for a bucket of thousands
+    paths = [str(storage.path(folder) / shard) for shard in contents.shards]
+    for path, shard in zip(paths, contents.shards, strict=True):
+      if shard not in there:
+        raise UserError(f'shard {path!r} is missing; prepare the data set again')
     self._count = contents.count
     self._files = ArrayRecordDataSource(paths) if paths else []
     if len(self._files) != self._count:

@@ -1,14 +1,17 @@
 """The evaluation tasks: one file each (or one function for a family), one line here.
 
-A task takes a `Session` and returns its metrics, named `eval/<task>/<metric>`.
+A task takes a `Session` and returns its metrics by their short names; in logs and results they are
+`eval/<task>/<metric>`. A family makes a task of an argument: `zero_shot:digits`.
 """
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from lightclip_jax.errors import UserError
+from lightclip_jax.evaluation import image_sets
+from lightclip_jax.evaluation.labelled import ImageSet
 from lightclip_jax.evaluation.metrics import Metric
 from lightclip_jax.evaluation.session import Session
-from lightclip_jax.evaluation.tasks import prepared
+from lightclip_jax.evaluation.tasks import few_shot, karpathy, knn, linear_probe, pointing, prepared, within_group, zero_shot
 
 Task = Callable[[Session], list[Metric]]
 
@@ -16,7 +19,20 @@ TASKS: dict[str, Task] = {
   'heldout_images': functools.partial(prepared.run, split='heldout_images'),
   'heldout_style': functools.partial(prepared.run, split='heldout_style'),
   'heldout_concepts': functools.partial(prepared.run, split='heldout_concepts'),
+  'flags': functools.partial(within_group.run, group='flags'),
+  'pointing': pointing.run,
 }
+ON_IMAGE_SETS: dict[str, Callable[[Session, ImageSet], list[Metric]]] = {
+  'zero_shot': zero_shot.run,
+  'linear_probe': linear_probe.run,
+  'knn': knn.run,
+  'few_shot': few_shot.run,
+}
+ON_FILES: dict[str, Callable[[Session, str], list[Metric]]] = {
+  'retrieval': karpathy.run,
+}
+# What `--task=all` runs: all that needs no data but the package's own.
+BUILT_IN = (*TASKS, *(f'{kind}:digits' for kind in ON_IMAGE_SETS), 'knn:concepts', 'knn:groups', 'linear_probe:groups')
 
 
 def find(name: str) -> Task:
@@ -25,6 +41,24 @@ def find(name: str) -> Task:
   Raises:
     UserError: for an unknown task, with the list.
   """
-  if name not in TASKS:
-    raise UserError(f'unknown task {name!r}; there are: {", ".join(TASKS)}')
-  return TASKS[name]
+  kind, _, argument = name.partition(':')
+  if name in TASKS:
+    return TASKS[name]
+  if kind in ON_FILES and argument:
+    return functools.partial(ON_FILES[kind], file=argument)
+  if kind in ON_IMAGE_SETS and argument:
+    load, run = image_sets.find(argument), ON_IMAGE_SETS[kind]
+    return lambda session: run(session, load(session))
+  families = [*(f'{kind}:SET' for kind in ON_IMAGE_SETS), *(f'{kind}:FILE.json' for kind in ON_FILES)]
+  raise UserError(f'unknown task {name!r}; there are: {", ".join([*TASKS, *families])}; '
+                  f'SET can be {", ".join(image_sets.SETS)}, or a folder with one folder a class')
+
+
+def choose(names: Sequence[str]) -> dict[str, Task]:
+  """Tasks by name, each once, in the order given; 'all' stands for all that need no further data.
+
+  Raises:
+    UserError: for an unknown one.
+  """
+  flat = [each for name in names for each in (BUILT_IN if name == 'all' else (name,))]
+  return {name: find(name) for name in dict.fromkeys(flat)}

@@ -5,12 +5,10 @@ Retrieval is between the images and their names; where the data have no concepts
 """
 import numpy as np
 
-from lightclip_jax.evaluation import prompts
+from lightclip_jax.evaluation import retrieval
 from lightclip_jax.evaluation.metrics import Metric
-from lightclip_jax.evaluation.retrieval import Direction, retrieval
 from lightclip_jax.evaluation.session import Session
 from lightclip_jax.evaluation.zero_shot import zero_shot
-from lightclip_jax.inference.class_names import class_embeddings
 
 # One-nearest-neighbour image-to-image from the other styles (measured; docs/DATA.md).
 _PIXELS, _FEATURES = 'raw-pixel 1-NN', 'ImageNet MobileNetV2 features 1-NN'
@@ -21,7 +19,7 @@ ANCHORS = {
 
 
 def run(session: Session, split: str) -> list[Metric]:
-  """The metrics `eval/<split>/…` of one split."""
+  """Concepts top-1 and top-5, groups top-1, and R@k both ways."""
   manifest, records = session.manifest, session.records(split)
   metrics = []
   if manifest.concepts:
@@ -33,9 +31,9 @@ def run(session: Session, split: str) -> list[Metric]:
 
 def _classification(session, split, kind, classes, labels, top) -> list[Metric]:
   number = {name: i for i, name in enumerate(classes)}
-  result = zero_shot(session.images(split), class_embeddings(session.texts, classes, prompts.templates('name')),
+  result = zero_shot(session.images(split), session.classes(classes, 'name'),
                      np.array([number[label] for label in labels]), top=top)
-  return [Metric(f'eval/{split}/{kind}_top{k}', share, result.count, min(1.0, k / len(classes)),
+  return [Metric(f'{kind}_top{k}', share, result.count, min(1.0, k / len(classes)),
                  ANCHORS.get((session.manifest.name, split, f'{kind}_top{k}'), ())) for k, share in result.top.items()]
 
 
@@ -46,11 +44,4 @@ def _retrieval(session, split, captions) -> list[Metric]:
   if len(texts) == len(captions):
     distinct = {text: number for number, text in enumerate(dict.fromkeys(texts))}
     image_ids, texts, text_ids = np.array([distinct[text] for text in texts]), list(distinct), np.arange(len(distinct))
-  result = retrieval(session.images(split), session.texts(texts), image_ids, text_ids)
-  return [*_direction(f'eval/{split}/image_to_text', result.image_to_text),
-          *_direction(f'eval/{split}/text_to_image', result.text_to_image)]
-
-
-def _direction(name: str, result: Direction) -> list[Metric]:
-  recalls = [Metric(f'{name}_r{k}', share, result.count, result.chance[k]) for k, share in result.recall.items()]
-  return [*recalls, Metric(f'{name}_median_rank', result.median_rank, result.count)]
+  return retrieval.metrics(retrieval.retrieval(session.images(split), session.texts(texts), image_ids, text_ids))

@@ -1,0 +1,33 @@
+"""The image sets for classification and probes: one file for each kind, one line here for each set.
+
+A set is made for a `Session`, since some are parts of the session's own prepared folder.
+"""
+import functools
+from collections.abc import Callable
+
+from lightclip_jax.errors import UserError
+from lightclip_jax.evaluation.image_sets import digits, folder, heldout, tfds_sets
+from lightclip_jax.evaluation.labelled import ImageSet, check
+from lightclip_jax.evaluation.session import Session
+
+Load = Callable[[Session], ImageSet]
+
+SETS: dict[str, Load] = {
+  'digits': lambda session: digits.load(),
+  'concepts': functools.partial(heldout.load, kind='concept'),
+  'groups': functools.partial(heldout.load, kind='group'),
+  **{name: lambda session, name=name: tfds_sets.load(name) for name in tfds_sets.SETS},
+}
+
+
+def find(name: str) -> Load:
+  """What loads the set called `name`; a name with a slash is a folder with one folder a class.
+
+  Raises:
+    UserError: for an unknown set, with the list.
+  """
+  if '/' in name:
+    return lambda session: check(folder.load(name))
+  if name not in SETS:
+    raise UserError(f'unknown image set {name!r}; there are: {", ".join(SETS)}, or a folder such as ./{name}')
+  return lambda session: check(SETS[name](session))

@@ -1,0 +1,53 @@
+"""A folder of images by class: DIR/CLASS/*.png, or DIR/train/CLASS/… and DIR/test/CLASS/… (or val, validation)."""
+import functools
+import pathlib
+
+import numpy as np
+
+from lightclip_jax.data import transforms
+from lightclip_jax.errors import UserError
+from lightclip_jax.evaluation.labelled import ImageSet, Part
+
+SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff')
+TRAIN, VALIDATION, TEST = 'train', ('val', 'validation'), 'test'
+
+
+def load(path: str) -> ImageSet:
+  """Classes are the folders' names in order, "_" read as a blank. Without `test`, a folder of validation is tested.
+
+  Raises:
+    UserError: if there is no such folder, it has no folders of classes, or one of these has no image.
+  """
+  root = pathlib.Path(path).expanduser()
+  if not root.is_dir():
+    raise UserError(f'there is no folder {path!r}; it must hold one folder of images for each class')
+  parts = {name: root / name for name in (TRAIN, *VALIDATION, TEST) if (root / name).is_dir()}
+  validation = next((parts[name] for name in VALIDATION if name in parts), None)
+  test = parts.get(TEST, validation or (root if TRAIN not in parts else None))
+  if test is None:
+    raise UserError(f'{path!r} has a folder train, but neither test nor val')
+  classes = sorted(child.name for child in test.iterdir() if child.is_dir() and not child.name.startswith('.'))
+  if not classes:
+    raise UserError(f'{str(test)!r} has no folders; it must hold one folder of images for each class')
+  return ImageSet(
+    root.name, tuple(name.replace('_', ' ') for name in classes), _part(test, classes),
+    (_part(parts[TRAIN], classes),) if TRAIN in parts else (),
+    _part(validation, classes) if validation and validation != test else None)
+
+
+def _part(folder: pathlib.Path, classes: list[str]) -> Part:
+  files, labels = [], []
+  for label, name in enumerate(classes):
+    found = sorted(file for file in (folder / name).rglob('*') if file.suffix.lower() in SUFFIXES)
+    if not found:
+      raise UserError(f'class {name!r} in {str(folder)!r} has no image ({", ".join(SUFFIXES)})')
+    files += found
+    labels += [label] * len(found)
+  return Part(str(folder.absolute()), functools.partial(_read, files), np.array(labels))
+
+
+def _read(files: list[pathlib.Path], index: int) -> np.ndarray:
+  try:
+    return transforms.decode(files[index].read_bytes())
+  except (OSError, ValueError) as error:
+    raise UserError(f'cannot read the image {str(files[index])!r}: {error}') from error

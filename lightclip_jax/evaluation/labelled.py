@@ -1,0 +1,47 @@
+"""Images with class labels, as every classification task reads them.
+
+Letters: N images, H height, W width.
+"""
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+from lightclip_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """Some images in a fixed order, and their classes."""
+  name: str                            # unique: embeddings are kept under it
+  read: Callable[[int], np.ndarray]    # index -> uint8 RGB [H, W, 3]
+  labels_N: np.ndarray                 # int [N]
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSet:
+  """Test images, and where there are any, images to learn a probe from."""
+  name: str
+  classes: tuple[str, ...]             # names as they stand in prompts
+  test: Part
+  train: tuple[Part, ...] = ()
+  validation: Part | None = None       # None: probes split a part of the training images off
+  prompts: str = 'photo'               # the template set of its own
+
+
+def check(images: ImageSet) -> ImageSet:
+  """The set itself.
+
+  Raises:
+    UserError: for a set without images, a label without a name, or a class that no test image belongs to.
+  """
+  for part in (images.test, *images.train, *([images.validation] if images.validation else [])):
+    if not len(part.labels_N):
+      raise UserError(f'{images.name!r} has no images in {part.name!r}')
+    if part.labels_N.min() < 0 or part.labels_N.max() >= len(images.classes):
+      raise UserError(f'{part.name!r} has a label outside 0 to {len(images.classes) - 1}, the classes of {images.name!r}')
+  empty = np.setdiff1d(np.arange(len(images.classes)), images.test.labels_N)
+  if len(empty):
+    raise UserError(f'class {images.classes[empty[0]]!r} of {images.name!r} has no test image'
+                    + (f', nor have {len(empty) - 1} others' if len(empty) > 1 else ''))
+  return images

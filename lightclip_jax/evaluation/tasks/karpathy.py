@@ -1,0 +1,60 @@
+"""Retrieval on Flickr30k or COCO with Karpathy's split file: the images of its test split, the first five captions each."""
+import functools
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from lightclip_jax.data import transforms
+from lightclip_jax.errors import UserError
+from lightclip_jax.evaluation import retrieval
+from lightclip_jax.evaluation.labelled import Part
+from lightclip_jax.evaluation.metrics import Metric
+from lightclip_jax.evaluation.session import Session
+
+CAPTIONS = 5   # some images of COCO have six or seven; results in the literature are over 25,000 captions
+FOLDERS = ('', 'images', 'flickr30k-images', 'flickr30k_images')
+
+
+def run(session: Session, file: str) -> list[Metric]:
+  """R@k both ways for the images beside `file` (in its folder, or in one called images).
+
+  Raises:
+    UserError: if the file is no such file, or an image is missing.
+  """
+  rows = read(file)
+  images = [_find(pathlib.Path(file).parent, row) for row in rows]
+  part = Part(str(pathlib.Path(file).absolute()), functools.partial(_read, images), np.zeros(len(images), int))
+  captions = [[sentence['raw'].strip() for sentence in row['sentences'][:CAPTIONS]] for row in rows]
+  texts, owners = [c for of_image in captions for c in of_image], np.repeat(np.arange(len(rows)), [*map(len, captions)])
+  result = retrieval.retrieval(session.embed(part), session.texts(texts), np.arange(len(rows)), owners)
+  return retrieval.metrics(result)
+
+
+def read(file: str) -> list[dict[str, Any]]:
+  """The rows of the test split. Raises UserError for a file that is not Karpathy's."""
+  try:
+    rows = json.loads(pathlib.Path(file).read_text(encoding='utf-8'))['images']
+    test = [row for row in rows if row['split'] == 'test' and row['sentences'] and row['filename']]
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise UserError(f"{file!r} is not one of Karpathy's split files ({type(error).__name__}: {error})") from error
+  if not test:
+    raise UserError(f'{file!r} has no image in its split test')
+  return test
+
+
+def _find(folder: pathlib.Path, row: dict[str, Any]) -> pathlib.Path:
+  """COCO's rows name a folder (val2014) in `filepath`."""
+  for below in FOLDERS:
+    for path in (folder / below / row.get('filepath', '') / row['filename'], folder / below / row['filename']):
+      if path.is_file():
+        return path
+  raise UserError(f'the image {row["filename"]!r} is not in {str(folder)!r}, nor in its folder images')
+
+
+def _read(files: list[pathlib.Path], index: int) -> np.ndarray:
+  try:
+    return transforms.decode(files[index].read_bytes())
+  except (OSError, ValueError) as error:
+    raise UserError(f'cannot read the image {str(files[index])!r}: {error}') from error

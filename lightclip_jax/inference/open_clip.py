@@ -1,0 +1,165 @@
+"""open_clip's folders (safetensors, `open_clip_config.json`, a tokenizer) as models: our own export, or one of others.
+
+What the folder asks for and our towers do not do is refused by name, never left out.
+
+Letters: b examples that a tower gets at a time, S image size, W text positions, F image feature, C text width, D embedding.
+"""
+import functools
+import json
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lightclip_jax import config as config_lib
+from lightclip_jax.data import tokenizers
+from lightclip_jax.errors import UserError
+from lightclip_jax.models import convert, image_towers, norm, text_transformer, weight_files
+
+CONFIG_FILE, WEIGHTS_FILE = 'open_clip_config.json', 'open_clip_model.safetensors'
+TOKENIZER_FILES = ('tokenizer.model', 'tokenizer.json')   # ours first
+_WIDTHS = {'mobilenetv2_140': 1.4, 'mobilenetv2_100': 1.0, 'mobilenetv2_075': 0.75, 'mobilenetv2_050': 0.5,
+           'mobilenetv2_035': 0.35}
+_TRUNKS = {**dict.fromkeys(_WIDTHS, 'mobilenet_v2'), 'resnet18': 'resnet18', 'vit_tiny_patch16_224': 'vit_ti',
+           'swin_tiny_patch4_window7_224': 'swin_nano'}
+_PADDING_OFF = 999.0   # an embedding of the padding token beyond this switches attention to padding off (export/open_clip.py)
+
+
+def load(folder: pathlib.Path) -> dict[str, Any]:
+  """The fields of `inference.model.Model`.
+
+  Raises:
+    UserError: for a file that is missing or damaged, towers or options that we do not have, or weights that do not fit.
+  """
+  try:
+    config = json.loads((folder / CONFIG_FILE).read_text(encoding='utf-8'))
+    model, preprocess = config['model_cfg'], config['preprocess_cfg']
+    vision, text, dim = model['vision_cfg'], model['text_cfg'], model['embed_dim']
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise UserError(f'{str(folder / CONFIG_FILE)!r} does not describe a model of open_clip ({error!r})') from error
+  try:
+    image = _image(folder, vision)
+    preprocessing = _preprocessing(preprocess, image.size)
+    weights = weight_files.read(folder / WEIGHTS_FILE)
+    tokenizer = _tokenizer(folder)
+    image_tower = _image_tower(image, weights, preprocessing, dim)
+    text_tower = _text_tower(text, weights, tokenizer, dim, bool(model.get('quick_gelu')))
+    scale = float(np.exp(weights['logit_scale'].reshape(())))
+  except (KeyError, TypeError, ValueError) as error:
+    what = error if isinstance(error, UserError) else repr(error)
+    raise UserError(f'{str(folder)!r} cannot be loaded: {what}') from error
+  return {'preprocessing': preprocessing, 'context': text.get('context_length', 77), 'embed_dim': dim,
+          'logit_scale': scale, 'tokenizer': tokenizer, 'image_tower': image_tower, 'text_tower': text_tower}
+
+
+def _image(folder: pathlib.Path, vision: Mapping[str, Any]) -> config_lib.ImageTower:
+  """Our name and options of a timm trunk."""
+  name, arguments = vision.get('timm_model_name'), {}
+  if str(name).startswith('local-dir:'):   # its path is absolute, and the folder may have moved
+    trunk = json.loads((folder / 'trunk/config.json').read_text(encoding='utf-8'))
+    name, arguments = trunk['architecture'], trunk['model_args']
+  if name not in _TRUNKS:
+    raise UserError(f'its image tower is {name!r}; known are {", ".join(_TRUNKS)} of timm')
+  tower = _TRUNKS[name]
+  _only(vision, timm_proj='linear', timm_pool='token' if tower == 'vit_ti' else 'avg', timm_proj_bias=False)
+  image = config_lib.ImageTower(name=tower, size=vision['image_size'], width=_WIDTHS.get(name, 1.0))
+  if tower in ('vit_ti', 'swin_nano'):
+    image = config_lib.replace(image, patch_size=arguments.get('patch_size', 0))
+  return config_lib.replace(image, window=arguments.get('window_size', 7)) if tower == 'swin_nano' else image
+
+
+def _preprocessing(preprocess: Mapping[str, Any], size: int) -> dict[str, Any]:
+  _only(preprocess, mode='RGB', interpolation='bicubic', resize_mode='shortest')
+  if preprocess.get('size') not in (size, [size, size]):
+    raise UserError(f'its preprocessing makes images of {preprocess.get("size")}, the tower wants {size}')
+  return {'size': size, 'mean': preprocess['mean'], 'std': preprocess['std'], 'interpolation': 'bicubic',
+          'resize_mode': 'shortest'}
+
+
+def _only(section: Mapping[str, Any], **wanted: Any) -> None:
+  """Raises UserError where an option is there and another than the one that we have."""
+  for name, value in wanted.items():
+    if section.get(name, value) != value:
+      raise UserError(f'its {name} is {section[name]!r}; only {value!r} is known')
+
+
+def _tokenizer(folder: pathlib.Path) -> Any:
+  file = next((folder / name for name in TOKENIZER_FILES if (folder / name).is_file()), None)
+  if file is None:
+    raise UserError(f'it has no tokenizer file ({" or ".join(TOKENIZER_FILES)})')
+  return tokenizers.load(file)
+
+
+def _image_tower(image: config_lib.ImageTower, weights: Mapping[str, np.ndarray], preprocessing: Mapping[str, Any],
+                 dim: int) -> Callable[[np.ndarray], jax.Array]:
+  """uint8 [b, S, S, 3] -> float32 [b, D], unit norm."""
+  trunk = {k.removeprefix('visual.trunk.'): v for k, v in weights.items() if k.startswith('visual.trunk.')}
+  tower = image_towers.build(image, functools.partial(norm.BatchNorm))
+  shape = jax.ShapeDtypeStruct((1, image.size, image.size, 3), jnp.float32)
+  variables = _variables(trunk, convert.IMAGE_RULES[image.name],
+                         jax.eval_shape(functools.partial(tower.init, train=False), jax.random.key(0), shape))
+  projection_FxD = _matrix('visual.head.proj.weight', weights).T
+  _check_projection('visual.head.proj.weight', projection_FxD, dim)
+  mean, std = (jnp.asarray(preprocessing[name], jnp.float32).reshape(1, 1, 1, 3) for name in ('mean', 'std'))
+
+  def run(variables: Any, projection_FxD: jax.Array, images: jax.Array) -> jax.Array:
+    features = tower.apply(variables, (images.astype(jnp.float32) / 255 - mean) / std, train=False)
+    return _unit(features.pooled_BxF @ projection_FxD)
+  run = jax.jit(run)
+  return lambda batch: run(variables, projection_FxD, batch)
+
+
+def _text_tower(text: Mapping[str, Any], weights: Mapping[str, np.ndarray], tokenizer: Any, dim: int, quick_gelu: bool
+                ) -> Callable[[np.ndarray], jax.Array]:
+  """int32 [b, W] -> float32 [b, D], unit norm."""
+  theirs = {k.removeprefix('text.'): v for k, v in weights.items() if k.startswith('text.')} or weights
+  _only(text, hf_model_name=None, embed_cls=False, ls_init_value=None, mlp_ratio=4.0, proj_type='linear', proj_bias=False)
+  _only({'quick_gelu': quick_gelu}, quick_gelu=False)
+  pool, causal = text.get('pool_type', 'argmax'), not text.get('no_causal_mask', False)
+  vocabulary, width = _matrix('token_embedding.weight', theirs).shape
+  end = {'argmax': vocabulary - 1, 'eos': text.get('eos_id', 2)}.get(pool)
+  if end is None:
+    raise UserError(f"its text pool_type is {pool!r}; only 'argmax' and 'eos' are known")
+  if tokenizer.vocab_size > vocabulary or tokenizer.end_id != end:
+    raise UserError(f'its tokenizer has {tokenizer.vocab_size} pieces and ends with {tokenizer.end_id}, its text tower '
+                    f'{vocabulary} and {end}')
+  if not causal and np.abs(theirs['token_embedding.weight'][tokenizer.pad_id]).max() < _PADDING_OFF:
+    raise UserError('its text tower looks both ways and attends to padding, which ours does not')
+  ours = config_lib.TextTower(width=width, heads=text.get('heads', 8), depth=text.get('layers', 12), end_id=end,
+                              context=text.get('context_length', 77), vocab_size=vocabulary, causal=causal)
+  tower = text_transformer.TextTransformer(ours, epsilon=(text.get('norm_kwargs') or {}).get('eps', 1e-5))
+  shape = jax.ShapeDtypeStruct((1, ours.context), jnp.int32)
+  variables = _variables(theirs, convert.OPEN_CLIP_TEXT, jax.eval_shape(tower.init, jax.random.key(0), shape))
+  projection_CxD = _matrix('text_projection', theirs)
+  _check_projection('text_projection', projection_CxD, dim)
+  run = jax.jit(lambda variables, projection_CxD, tokens: _unit(tower.apply(variables, tokens)[0] @ projection_CxD))
+  return lambda batch: run(variables, projection_CxD, batch)
+
+
+def _matrix(name: str, weights: Mapping[str, np.ndarray]) -> np.ndarray:
+  if name not in weights or weights[name].ndim != 2:
+    raise UserError(f'{WEIGHTS_FILE} has no matrix {name!r}')
+  return weights[name].astype(np.float32)
+
+
+def _check_projection(name: str, matrix: np.ndarray, dim: int) -> None:
+  if matrix.shape[1] != dim:
+    raise UserError(f'{name!r} gives embeddings of {matrix.shape[1]}, embed_dim is {dim}')
+
+
+def _variables(weights: Mapping[str, np.ndarray], rules: convert.Rules, shapes: Any) -> dict[str, Any]:
+  """One tower's variables; every tensor is there, has its shape, and none is left over."""
+  found = {kind: tree for kind, tree in convert.convert(weights, rules).items() if tree}
+  there, wanted = ({jax.tree_util.keystr(path, simple=True, separator='/'): tuple(leaf.shape)
+                    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)} for tree in (found, shapes))
+  for name in sorted(there.keys() | wanted.keys()):
+    if there.get(name) != wanted.get(name):
+      raise UserError(f'{name} has shape {there.get(name, "none")}, the tower needs {wanted.get(name, "none")}')
+  return jax.tree.map(lambda array: np.asarray(array, np.float32), found)
+
+
+def _unit(x: jax.Array) -> jax.Array:
+  return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-12))

@@ -1,0 +1,70 @@
+"""The best checkpoint is kept beside the newest, and a run continues at the newest."""
+import jax.numpy as jnp
+import pytest
+
+from lightclip_jax import config as config_lib
+from lightclip_jax.errors import UserError
+from lightclip_jax.inference import checkpoint as inference
+from lightclip_jax.training import checkpoint, evaluator
+from lightclip_jax.training.state import TrainState
+
+NAME = 'eval/x/top1'
+
+
+def state_of(step):
+  return TrainState(jnp.int32(step), {'w': jnp.full((2,), float(step))}, {}, {'m': jnp.zeros(2)}, None)
+
+
+def run_of(step):
+  return checkpoint.RunState({'next_batch': step}, {}, {}, {}, '')
+
+
+def save_all(folder, scores, **options):
+  """A checkpoint a step; None: it was not evaluated."""
+  keeper = checkpoint.Checkpointer(folder, config_lib.Checkpoint(keep=2, best=NAME, **options))
+  for step, score in enumerate(scores, 1):
+    keeper.save(step, state_of(step), run_of(step), None if score is None else {NAME: score, 'eval/x/other': 0.0})
+  keeper.wait()
+  return keeper
+
+
+@pytest.mark.parametrize('scores, options, best, kept', [
+  ([0.1, 0.5, 0.2, 0.3, None, 0.4], {}, 2, [2, 5, 6]),
+  ([0.1, 0.5, 0.2, None], dict(best_mode='min'), 1, [1, 3, 4]),
+  ([0.1, float('nan'), 0.0, 0.05], {}, 1, [1, 3, 4]),
+])
+def test_the_best_and_the_newest_are_kept(tmp_path, scores, options, best, kept):
+  keeper = save_all(tmp_path, scores, **options)
+  assert sorted(int(path.name) for path in (tmp_path / 'checkpoints').iterdir() if path.name.isdigit()) == kept
+  keeper.close()
+  again = checkpoint.Checkpointer(tmp_path, config_lib.Checkpoint(keep=2, best=NAME, **options))
+  state, run = again.restore(state_of(0))
+  assert int(state.step) == len(scores) and run.iterator == {'next_batch': len(scores)}   # never the best: exact resume
+  again.close()
+  assert inference.step_of(tmp_path, 'best') == best
+  assert inference.step_of(tmp_path, None) == len(scores)
+
+
+def test_without_scores_there_is_no_best(tmp_path):
+  save_all(tmp_path, [None, None, None]).close()
+  assert sorted(int(path.name) for path in (tmp_path / 'checkpoints').iterdir() if path.name.isdigit()) == [2, 3]
+  with pytest.raises(UserError, match='no scored checkpoint; .*checkpoint.best'):
+    inference.step_of(tmp_path, 'best')
+  with pytest.raises(UserError, match=r'no checkpoint of step 1; it has \[2, 3\]'):
+    inference.step_of(tmp_path, 1)
+
+
+@pytest.mark.parametrize('changes, words', [
+  (dict(checkpoint=dict(best='eval/heldout_stile/x')), "'eval/heldout_stile/x'; it must be .*heldout_images, heldout_style"),
+  (dict(evaluation=dict(tasks=('knn:digit',))), "unknown image set 'digit'"),
+])
+def test_a_run_says_at_its_start_what_it_cannot_measure(changes, words):
+  with pytest.raises(UserError, match=words):
+    evaluator.tasks_of(config_lib.replace(config_lib.Config(), **changes))
+
+
+def test_a_metric_that_is_not_measured_is_named(tmp_path):
+  keeper = checkpoint.Checkpointer(tmp_path, config_lib.Checkpoint(best='eval/x/tpo1'))
+  with pytest.raises(UserError, match="'eval/x/tpo1', which no evaluation measures; there are: eval/x/top1"):
+    keeper.save(1, state_of(1), run_of(1), {NAME: 0.1})
+  keeper.close()
