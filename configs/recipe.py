@@ -38,13 +38,13 @@ QUICKSTART = replace(
     model=dict(embed_dim=256, token_dim=64, batch_norm='group:32', image=dict(size=48),
                text=dict(width=96, heads=3, depth=2, context=12, vocab_size=3072),
                fusion=dict(stages=((3, 1), (4, 2)), heads=4)),
-    data=dict(max_masked=2, first_caption=0.5, crop_scale=(0.6, 1.0)),
+    data=dict(max_masked=2, first_caption=0.6, crop_scale=(0.6, 1.0)),
     objective=dict(contrastive=dict(alpha=Schedule(0.0, 0.1)), token_matching=dict(weight=constant(0.3), group_size=8),
                    masked_lm=dict(weight=Schedule(0.0, 0.2, begin=0.3, finish=0.6))),
-    train=dict(steps=1600, batch_size=128, log_every=20),
+    train=dict(steps=1700, batch_size=128, log_every=20),
     optimizer=dict(name='muon', learning_rate=2e-3, matrix_learning_rate=8e-3),
     checkpoint=dict(every_steps=500, every_minutes=3.0),
-    evaluation=dict(every_steps=800))
+    evaluation=dict(every_steps=850))
 
 EMOJI = replace(
     Config(),

@@ -14,7 +14,7 @@ from lightclip_jax import config as config_lib
 from lightclip_jax import main, sharding, storage
 from lightclip_jax.data import datasets, pipeline, writer
 from lightclip_jax.errors import UserError
-from lightclip_jax.evaluation import evaluate, report
+from lightclip_jax.evaluation import report, results
 from lightclip_jax.training import checkpoint, checks, metrics
 from lightclip_jax.training.state import TrainState
 
@@ -118,7 +118,7 @@ def test_logs_and_report_reach_the_bucket(monkeypatch):
   assert lines() == [1, 2] and '1.25' in log.read_text() and any((workdir / 'tensorboard').iterdir())
   assert str(report.write_report(workdir, [], [], [], CONFIG)) == 'gs://clip/runs/logged/report/index.html'
   assert '<svg' in (workdir / 'report' / 'index.html').read_text()
-  evaluate.write_json(workdir / 'results.json', [], step=2)
+  results.write_json(workdir / 'results.json', [], step=2)
   assert json.loads((workdir / 'results.json').read_text()) == {'step': 2, 'metrics': []}
 
 

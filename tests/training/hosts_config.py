@@ -42,10 +42,10 @@ def _note(folder):
       file.write(json.dumps([number, batch['example_id'].tolist()]) + '\n')
     return batch
 
-  def noted_save(self, step, state, run):
+  def noted_save(self, step, state, run, **more):
     whole = multihost_utils.process_allgather(jax.tree.leaves(state), tiled=True)
     if jax.process_index() == 0:
       np.savez(folder / f'state-{step}.npz', *whole)
-    save(self, step, state, run)
+    save(self, step, state, run, **more)
 
   TrainBatches.__next__, Checkpointer.save = noted_read, noted_save
