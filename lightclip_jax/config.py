@@ -106,6 +106,8 @@ class Data:
   crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
   flip: float = 0.0            # probability; 0 by default, since captions may speak of left and right
   color_jitter: float = 0.0    # strength of brightness, contrast and saturation
+  rand_augment: int = 0        # random operations on each image (data/rand_augment.py); 0: none
+  rand_augment_strength: float = 0.3   # of each, 0 to 1
   first_caption: float = 0.0   # probability of the first caption (the name); the rest is uniform over all
   mask_fraction: float = 0.15  # of the words, for masked language modelling
   max_masked: int = 12         # K: masked positions in a batch's static shape

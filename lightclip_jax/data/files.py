@@ -90,3 +90,17 @@ class Folder:
 
   def __reduce__(self) -> tuple[Any, ...]:
     return Folder, (self.path,)
+
+
+def shards(path: str, suffix: str) -> tuple[Folder, list[str]]:
+  """The one file that `path` names, or all below that folder which end so: their folder and names.
+
+  Raises:
+    UserError: if there are none.
+  """
+  if path.endswith(suffix):
+    return Folder(os.path.dirname(path) or '.'), [os.path.basename(path)]
+  folder = Folder(path)
+  if not (names := folder.files(suffix)):
+    raise UserError(f'{path!r} has no {suffix} files (links are not followed)')
+  return folder, names

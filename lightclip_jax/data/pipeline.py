@@ -24,7 +24,7 @@ from absl import flags
 
 from lightclip_jax import config as configs
 from lightclip_jax import storage
-from lightclip_jax.data import faults, manifest, masking, processes, sources, tokenizers, transforms
+from lightclip_jax.data import faults, manifest, masking, processes, rand_augment, sources, tokenizers, transforms
 from lightclip_jax.data.faults import BadRecord
 from lightclip_jax.data.records import Record
 from lightclip_jax.data.teacher import Teacher
@@ -64,7 +64,8 @@ class _Example:
     options = self._options
     image = transforms.decode_crop(record.image, self._image_size, rng, scale=options.crop_scale, ratio=options.crop_ratio,
                                    max_pixels=options.max_pixels)
-    return transforms.color_jitter(transforms.flip(image, rng, options.flip), rng, options.color_jitter)
+    image = transforms.color_jitter(transforms.flip(image, rng, options.flip), rng, options.color_jitter)
+    return rand_augment.rand_augment(image, rng, options.rand_augment, options.rand_augment_strength)
 
   def _text(self, record: Record, rng: np.random.Generator) -> Batch:
     if not record.captions:
@@ -109,6 +110,9 @@ def train_dataset(folder: str | storage.Path, options: configs.Data, *, image_si
   """The endless training batches of one host, from batch `first_batch` on, as a Grain dataset. See `train_batches`."""
   if batch_size < 1 or batch_size % process_count:
     raise UserError(f'train.batch_size is {batch_size}; it must be a multiple of the {process_count} hosts')
+  if options.rand_augment < 0 or not 0 <= options.rand_augment_strength <= 1:
+    raise UserError(f'data.rand_augment is {options.rand_augment} and its strength {options.rand_augment_strength}; they must '
+                    'be a number of operations and 0 to 1')
   source = sources.open_split(folder, 'train')
   if not len(source):
     raise UserError(f'data folder {str(folder)!r} has no training records')

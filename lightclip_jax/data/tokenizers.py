@@ -43,9 +43,36 @@ class Tokenizer(Protocol):
     """All of it, so that it travels in a checkpoint; `from_bytes` reads it."""
 
 
-class SentencePieceTokenizer:
-  """A SentencePiece model with pad, start, end and [MASK] tokens. Raises UserError for a model without them."""
+class _OfFile:
+  """What all kinds do alike with the bytes of their file, `_model`, and with the ids of one text, `_ids`."""
+  suffix: str
+  pad_id: int
+  start_id: int
+  end_id: int
+  _model: bytes
 
+  def _ids(self, text: str) -> list[int]:
+    """Of the words alone."""
+    raise NotImplementedError
+
+  def encode(self, texts: Sequence[str], context: int) -> np.ndarray:
+    """See `Tokenizer.encode`."""
+    tokens_NxW = np.full((len(texts), context), self.pad_id, np.int32)
+    for row_W, text in zip(tokens_NxW, texts, strict=True):   # one by one: a list starts a pool of threads every time
+      words = [self.start_id, *self._ids(text)[:context - 2], self.end_id]
+      row_W[:len(words)] = words
+    return tokens_NxW
+
+  def to_bytes(self) -> bytes:
+    """See `Tokenizer.to_bytes`."""
+    return self._model
+
+  def __reduce__(self) -> tuple[Any, ...]:
+    return type(self), (self._model,)
+
+
+class SentencePieceTokenizer(_OfFile):
+  """A SentencePiece model with pad, start, end and [MASK] tokens. Raises UserError for a model without them."""
   suffix = '.model'
 
   def __init__(self, model: bytes):
@@ -64,13 +91,8 @@ class SentencePieceTokenizer:
       raise UserError('the SentencePiece model lacks a pad, start, end or [MASK] token; train one with '
                       'lightclip_jax.data.tokenizers.train')
 
-  def encode(self, texts: Sequence[str], context: int) -> np.ndarray:
-    """See `Tokenizer.encode`."""
-    tokens_NxW = np.full((len(texts), context), self.pad_id, np.int32)
-    for row_W, text in zip(tokens_NxW, texts, strict=True):   # one by one: a list starts a pool of threads every time
-      words = [self.start_id, *self._processor.encode(text)[:context - 2], self.end_id]
-      row_W[:len(words)] = words
-    return tokens_NxW
+  def _ids(self, text: str) -> list[int]:
+    return self._processor.encode(text)
 
   def decode(self, ids: Sequence[int]) -> str:
     """See `Tokenizer.decode`."""
@@ -83,13 +105,6 @@ class SentencePieceTokenizer:
   def word_mask(self, tokens: np.ndarray) -> np.ndarray:
     """See `Tokenizer.word_mask`."""
     return self._is_word[tokens]
-
-  def to_bytes(self) -> bytes:
-    """See `Tokenizer.to_bytes`."""
-    return self._model
-
-  def __reduce__(self):
-    return SentencePieceTokenizer, (self._model,)
 
 
 def train(captions: Iterable[str], vocab_size: int) -> SentencePieceTokenizer:
@@ -115,7 +130,7 @@ def train(captions: Iterable[str], vocab_size: int) -> SentencePieceTokenizer:
   return SentencePieceTokenizer(out.getvalue())
 
 
-class HuggingFaceTokenizer:
+class HuggingFaceTokenizer(_OfFile):
   """A `tokenizer.json` of Hugging Face that puts a start and an end token around a text. Raises UserError for another file.
 
   Its padding and length are left aside. Where it has no mask token, one more id after its last stands for it.
@@ -151,17 +166,8 @@ class HuggingFaceTokenizer:
   def _is_ordinary(self, number: int) -> bool:
     return number not in self._fast.get_added_tokens_decoder()
 
-  def _clean(self, text: str) -> str:
-    return text
-
-  def encode(self, texts: Sequence[str], context: int) -> np.ndarray:
-    """See `Tokenizer.encode`."""
-    tokens_NxW = np.full((len(texts), context), self.pad_id, np.int32)
-    for row_W, text in zip(tokens_NxW, texts, strict=True):
-      ids = self._fast.encode(self._clean(text), add_special_tokens=False).ids
-      words = [self.start_id, *ids[:context - 2], self.end_id]
-      row_W[:len(words)] = words
-    return tokens_NxW
+  def _ids(self, text: str) -> list[int]:
+    return self._fast.encode(text, add_special_tokens=False).ids
 
   def decode(self, ids: Sequence[int]) -> str:
     """See `Tokenizer.decode`."""
@@ -176,13 +182,6 @@ class HuggingFaceTokenizer:
     """See `Tokenizer.word_mask`; what follows the end token is padding."""
     before_end = np.cumsum(tokens == self.end_id, axis=-1) == 0
     return before_end & ~np.isin(tokens, self.special_ids)
-
-  def to_bytes(self) -> bytes:
-    """See `Tokenizer.to_bytes`."""
-    return self._model
-
-  def __reduce__(self) -> tuple[Any, ...]:
-    return type(self), (self._model,)
 
 
 class ClipTokenizer(HuggingFaceTokenizer):
@@ -218,9 +217,9 @@ class ClipTokenizer(HuggingFaceTokenizer):
   def _is_ordinary(self, number: int) -> bool:
     return number == self.pad_id
 
-  def _clean(self, text: str) -> str:
+  def _ids(self, text: str) -> list[int]:
     text = html.unescape(html.unescape(self._fix(text))).strip()
-    return re.sub(r'\s+', ' ', text).strip().lower()
+    return super()._ids(re.sub(r'\s+', ' ', text).strip().lower())
 
 
 def _byte_letters() -> list[str]:

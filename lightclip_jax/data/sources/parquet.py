@@ -6,16 +6,14 @@ makes shards that are faster to read at random.
 import bisect
 import functools
 import itertools
-import os
 import threading
 from typing import Any, SupportsIndex
 
 import pyarrow
 import pyarrow.parquet
 
-from lightclip_jax.data import captions, indexes
+from lightclip_jax.data import captions, files, indexes
 from lightclip_jax.data.faults import BadRecord
-from lightclip_jax.data.files import Folder
 from lightclip_jax.data.records import Record
 from lightclip_jax.data.sources.spec import Spec
 from lightclip_jax.errors import UserError
@@ -32,11 +30,7 @@ class ParquetSource:
   def __init__(self, spec: Spec):
     """Raises UserError without files, or for one that is no Parquet file or lacks the columns."""
     self.spec = spec
-    one = spec.path.endswith('.parquet')
-    self._folder = Folder(os.path.dirname(spec.path) or '.' if one else spec.path)
-    self._files = [os.path.basename(spec.path)] if one else self._folder.files('.parquet')
-    if not self._files:
-      raise UserError(f'{spec.path!r} has no .parquet files (links are not followed)')
+    self._folder, self._files = files.shards(spec.path, '.parquet')
     self._lock = threading.Lock()
     self._group = functools.lru_cache(_KEPT_GROUPS)(self._read_group)
     heads = [self._head(file) for file in self._files]

@@ -2,16 +2,14 @@
 
 A tar is walked header by header, once; nothing of it is unpacked, and no name in it is ever used as a path.
 """
-import os
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple, SupportsIndex
 
 import numpy as np
 import tqdm
 
-from lightclip_jax.data import captions, indexes
+from lightclip_jax.data import captions, files, indexes
 from lightclip_jax.data.faults import REASONS, BadRecord
-from lightclip_jax.data.files import Folder
 from lightclip_jax.data.records import Record
 from lightclip_jax.data.sources.spec import Spec
 from lightclip_jax.errors import UserError
@@ -39,11 +37,7 @@ class WebDatasetSource:
   def __init__(self, spec: Spec):
     """Builds the index where there is none for the tars as they are; raises UserError without tars."""
     self.spec = spec
-    one = spec.path.endswith('.tar')
-    self._folder = Folder(os.path.dirname(spec.path) or '.' if one else spec.path)
-    self._tars = [os.path.basename(spec.path)] if one else self._folder.files('.tar')
-    if not self._tars:
-      raise UserError(f'{spec.path!r} has no .tar files (links are not followed)')
+    self._folder, self._tars = files.shards(spec.path, '.tar')
     try:
       stamps = [self._folder.stamp(tar) for tar in self._tars]
     except (OSError, BadRecord) as error:
