@@ -91,13 +91,23 @@ class Model:
 @dataclasses.dataclass(frozen=True)
 class Data:
   """Where pairs come from and how they are augmented."""
-  dataset: str = 'emoji'       # a built-in name, or a folder made by `python -m lightclip_jax.prepare`
+  dataset: str = 'emoji'       # built-in name, folder made by `lightclip_jax.prepare`, KIND:PATH, or several with ' + '
+  weights: tuple[float, ...] = ()   # of the parts of a mixture; (): as many examples of each as it has records
+  tokenizer: str = ''          # a tokenizer file for sources that bring none; '': that of the first prepared folder
+  image_column: str = ''       # of tables; '': the usual names, such as filepath
+  caption_column: str = ''     # of tables; '': the usual names, such as title
+  image_root: str = ''         # folder that a table's image paths are relative to; '': the table's own
+  holdout_every: int = 0       # N: every N-th record of KIND:PATH is not trained on but is the split 'heldout'; 0: none
+  max_pixels: int = 1 << 26    # larger images are left out before they are decoded
+  max_faults: float = 0.1      # share of records that cannot be used above which a run stops
   workers: int = -1            # decoding processes; 0: threads, -1: threads on up to 4 cores, else cores - 1, 16 at most
   prefetch: int = 4            # batches each worker keeps ready
   crop_scale: tuple[float, float] = (0.4, 1.0)    # RandomResizedCrop: area
   crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
   flip: float = 0.0            # probability; 0 by default, since captions may speak of left and right
   color_jitter: float = 0.0    # strength of brightness, contrast and saturation
+  rand_augment: int = 0        # random operations on each image (data/rand_augment.py); 0: none
+  rand_augment_strength: float = 0.3   # of each, 0 to 1
   first_caption: float = 0.0   # probability of the first caption (the name); the rest is uniform over all
   mask_fraction: float = 0.15  # of the words, for masked language modelling
   max_masked: int = 12         # K: masked positions in a batch's static shape

@@ -1,16 +1,20 @@
 """Makes a data folder to train on, or adds to it: `python -m lightclip_jax.prepare KIND --out=DIR`."""
 import argparse
 import functools
+import os
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
 
 from lightclip_jax import cli
-from lightclip_jax.data import manifest
+from lightclip_jax import config as configs
+from lightclip_jax.data import convert, datasets, manifest, sources, tokenizers
 from lightclip_jax.data.datasets import BUILT_IN
 from lightclip_jax.errors import UserError
 
-_EXAMPLE = 'example: python -m lightclip_jax.prepare emoji --out=data/emoji --size=128'
+_EXAMPLE = ('example: python -m lightclip_jax.prepare emoji --out=data/emoji --size=128; '
+            'python -m lightclip_jax.prepare webdataset cc3m/ --out=data/cc3m --size=256 --holdout_every=500')
+_SAMPLE = 1_000_000            # captions that a tokenizer is trained on at most
 
 
 def _built_in(name: str, args: argparse.Namespace) -> None:
@@ -18,14 +22,63 @@ def _built_in(name: str, args: argparse.Namespace) -> None:
   made = manifest.load(args.out)
   if (made.name, made.image_size) != (name, args.size):
     raise UserError(f'{str(args.out)!r} holds {made.name!r} at {made.image_size} px; delete it or give another --out')
+  _describe(args.out)
+
+
+def _describe(out: pathlib.Path) -> None:
+  made = manifest.load(out)
   counts = (f'{name} {split.count:,}' for name, split in made.splits.items())
-  print(f'{args.out}: {made.name}, {made.image_size} px, {len(made.concepts):,} concepts;', ', '.join(counts))
+  print(f'{out}: {made.name}, {made.image_size} px, {len(made.concepts):,} concepts;', ', '.join(counts))
 
 
 def _built_in_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--out', type=pathlib.Path, required=True, metavar='DIR', help='a new folder')
   parser.add_argument('--size', type=_between(8, 1024), default=128, help='pixels of the square images (default 128)')
   parser.add_argument('--processes', type=_between(1, 1024), help='processes that draw (default: one a core)')
+
+
+def _convert(kind: str, args: argparse.Namespace) -> None:
+  options = convert.Options(args.size, args.quality, args.duplicates, args.max_pixels, args.vocab_size, args.tokenizer)
+  about = datasets.about(f'{kind}:{args.path}', _data_options(args))
+  convert.convert(about, args.out, options, args.processes or os.cpu_count() or 1)
+  _describe(args.out)
+  print((args.out / convert.SUMMARY_FILE).read_text(encoding='utf-8'), end='')
+
+
+def _data_options(args: argparse.Namespace) -> configs.Data:
+  return configs.replace(configs.Data(), image_column=args.image_column, caption_column=args.caption_column,
+                         image_root=args.image_root, holdout_every=args.holdout_every)
+
+
+def _source_flags(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument('path', help='the folder or file; of tfds NAME@SPLIT')
+  parser.add_argument('--out', type=pathlib.Path, required=True, metavar='DIR', help='a new folder (a file for tokenizer)')
+  for name in ('image_column', 'caption_column', 'image_root'):
+    parser.add_argument(f'--{name}', default='', help=f'as config.data.{name}')
+  parser.add_argument('--vocab_size', type=_between(64, 1 << 20), default=8192, help='of the tokenizer (default 8192)')
+  parser.add_argument('--holdout_every', type=_between(0, 1 << 40), default=0, help='N: every N-th record is held out')
+
+
+def _convert_flags(parser: argparse.ArgumentParser) -> None:
+  _source_flags(parser)
+  parser.add_argument('--size', type=_between(0, 1 << 14), default=0, help='shorter side at most (default 0: as they are)')
+  parser.add_argument('--quality', type=_between(1, 100), default=90, help='of JPEGs made anew (default 90)')
+  parser.add_argument('--duplicates', choices=('keep', 'exact', 'similar'), default='exact', help='what counts as one')
+  parser.add_argument('--max_pixels', type=_between(1, 1 << 40), default=configs.Data().max_pixels, help='of an image')
+  parser.add_argument('--tokenizer', default='', help='a file; without it one is trained')
+  parser.add_argument('--processes', type=_between(1, 1024), help='(default: one a core)')
+
+
+def _tokenizer(args: argparse.Namespace) -> None:
+  """Trains a SentencePiece tokenizer on evenly spaced captions of a source."""
+  if args.out.suffix != '.model':
+    raise UserError(f'--out is {str(args.out)!r}; a tokenizer file ends with .model')
+  source = sources.open_parts(datasets.about(args.path, _data_options(args)), 'train')
+  captions = convert.captions_of(source, -(-len(source) // _SAMPLE))
+  made = tokenizers.train(captions, args.vocab_size)
+  args.out.parent.mkdir(parents=True, exist_ok=True)
+  args.out.write_bytes(made.to_bytes())
+  print(f'{args.out}: {made.vocab_size:,} pieces, end token {made.end_id}; set model.text.vocab_size={made.vocab_size}')
 
 
 def _teacher(args: argparse.Namespace) -> None:
@@ -50,9 +103,13 @@ def _between(low: int, high: int) -> Callable[[str], int]:
   return number
 
 
-# kind -> (adds its flags, prepares and says what there is)
-KINDS = {name: (_built_in_flags, functools.partial(_built_in, name)) for name in BUILT_IN}
-KINDS['teacher'] = _teacher_flags, _teacher
+# kind -> (adds its flags, prepares and says what is there)
+KINDS = {
+    **{name: (_built_in_flags, functools.partial(_built_in, name)) for name in BUILT_IN},
+    **{kind: (_convert_flags, functools.partial(_convert, kind)) for kind in sources.SOURCES if kind != 'array_record'},
+    'tokenizer': (_source_flags, _tokenizer),
+    'teacher': (_teacher_flags, _teacher),
+}
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

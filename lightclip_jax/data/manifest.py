@@ -39,6 +39,8 @@ class Manifest:
   packages: dict[str, str]     # source package -> version
   sha256: dict[str, str]       # file -> hash of its bytes
   format: int = FORMAT
+  # Where the records lie elsewhere, and the folder only says so (`sources.open_parts`).
+  source: dict[str, Any] = dataclasses.field(default_factory=dict)
   teacher: Teacher | None = None
 
   def split(self, name: str) -> Split:

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import os
+import sys
 import weakref
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +24,8 @@ from absl import flags
 
 from lightclip_jax import config as configs
 from lightclip_jax import storage
-from lightclip_jax.data import manifest, masking, processes, sources, tokenizers, transforms
+from lightclip_jax.data import faults, manifest, masking, processes, rand_augment, sources, tokenizers, transforms
+from lightclip_jax.data.faults import BadRecord
 from lightclip_jax.data.records import Record
 from lightclip_jax.data.teacher import Teacher
 from lightclip_jax.errors import UserError
@@ -41,17 +43,33 @@ class _Example:
 
   def __call__(self, position: int) -> Batch:
     epoch, index = divmod(position, len(self._source))
+    entropy, left_out = (self._seed, index, epoch), faults.blank()
+    for attempt in range(faults.ATTEMPTS):
+      try:
+        return {**self._make(index, entropy), 'faults': left_out}
+      except BadRecord as error:
+        left_out[attempt], failed = faults.entry(index, error), error
+        # Another record, which follows from the place of the one that it replaces: batches stay full and resumable.
+        entropy = (self._seed, position, attempt, faults.ATTEMPTS)
+        index = int(np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy))).integers(len(self._source)))
+    raise UserError(f'{faults.ATTEMPTS} records in a row cannot be used; the first was '
+                    f'{self._source.name(int(left_out[0, 0]))}, the last: {failed}')
+
+  def _make(self, index: int, entropy: tuple[int, ...]) -> Batch:
     record = self._source[index]
-    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((self._seed, index, epoch))))
+    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
     return {'image': self._image(record, rng), **self._text(record, rng), 'example_id': np.int64(index)}
 
   def _image(self, record: Record, rng: np.random.Generator) -> np.ndarray:
     options = self._options
-    image = transforms.random_resized_crop(
-        transforms.decode(record.image), self._image_size, rng, scale=options.crop_scale, ratio=options.crop_ratio)
-    return transforms.color_jitter(transforms.flip(image, rng, options.flip), rng, options.color_jitter)
+    image = transforms.decode_crop(record.image, self._image_size, rng, scale=options.crop_scale, ratio=options.crop_ratio,
+                                   max_pixels=options.max_pixels)
+    image = transforms.color_jitter(transforms.flip(image, rng, options.flip), rng, options.color_jitter)
+    return rand_augment.rand_augment(image, rng, options.rand_augment, options.rand_augment_strength)
 
   def _text(self, record: Record, rng: np.random.Generator) -> Batch:
+    if not record.captions:
+      raise BadRecord('no_caption')
     first = rng.random() < self._options.first_caption
     number = 0 if first else rng.integers(len(record.captions))
     tokenizer = self._tokenizer
@@ -92,14 +110,14 @@ def train_dataset(folder: str | storage.Path, options: configs.Data, *, image_si
   """The endless training batches of one host, from batch `first_batch` on, as a Grain dataset. See `train_batches`."""
   if batch_size < 1 or batch_size % process_count:
     raise UserError(f'train.batch_size is {batch_size}; it must be a multiple of the {process_count} hosts')
+  if options.rand_augment < 0 or not 0 <= options.rand_augment_strength <= 1:
+    raise UserError(f'data.rand_augment is {options.rand_augment} and its strength {options.rand_augment_strength}; they must '
+                    'be a number of operations and 0 to 1')
   source = sources.open_split(folder, 'train')
   if not len(source):
     raise UserError(f'data folder {str(folder)!r} has no training records')
   example = _Example(source, load_tokenizer(folder), options, image_size, context, seed)
-  # Positions keep counting over the epochs, so that an example knows its epoch; each epoch has its own order.
-  positions = grain.MapDataset.range(len(source)).map_with_index(_position)
-  order = positions.shuffle(int(np.random.SeedSequence(seed).generate_state(1)[0])).repeat()
-  share = _Share(order, batch_size, process_index, process_count, first_batch)
+  share = _Share(_order(source, seed), batch_size, process_index, process_count, first_batch)
   examples = share.map(example).map(Teacher(folder)) if with_teacher else share.map(example)
   batches = examples.batch(batch_size // process_count)
   workers = worker_count(options.workers)
@@ -113,8 +131,34 @@ def train_dataset(folder: str | storage.Path, options: configs.Data, *, image_si
   return dataset.mp_prefetch(parallel, functools.partial(_start_worker, os.getpid()))
 
 
+def _order(source: sources.Source, seed: int) -> grain.MapDataset:
+  """Positions, which keep counting over the epochs, so that an example knows its epoch; each epoch has its own order."""
+  if not getattr(source, 'weights', ()):
+    return _shuffled(len(source), seed)
+  # Each part has its own epochs. A position still is (epoch, record), of the records of all parts.
+  parts = [_shuffled(len(part), (seed, number)).map(_Place(len(part), start, len(source)))
+           for number, (part, start) in enumerate(zip(source.parts, source.starts[:-1], strict=True))]
+  return grain.MapDataset.mix(parts, weights=[weight / sum(source.weights) for weight in source.weights])
+
+
+def _shuffled(count: int, seed: int | tuple[int, int]) -> grain.MapDataset:
+  positions = grain.MapDataset.range(count).map_with_index(_position)
+  return positions.shuffle(int(np.random.SeedSequence(seed).generate_state(1)[0])).repeat()
+
+
 def _position(index: int, _: int) -> int:
   return index
+
+
+class _Place:
+  """The position of a part's example among those of all parts. Picklable."""
+
+  def __init__(self, count: int, start: int, total: int):
+    self._count, self._start, self._total = count, start, total
+
+  def __call__(self, position: int) -> int:
+    epoch, index = divmod(position, self._count)
+    return epoch * self._total + self._start + index
 
 
 def _start_worker(parent: int, worker: int, workers: int) -> None:
@@ -147,6 +191,7 @@ class TrainBatches(Iterator[Batch]):
     # At the end of the program too: Grain's iterators print tracebacks when they are torn down with the interpreter.
     weakref.finalize(self, _stop, self._running)
     train_dataset(folder, options, **self._arguments)   # what is wrong is said now, not with the first batch
+    self._ledger = faults.Ledger(options.max_faults, sources.open_split(folder, 'train').name)
 
   def __next__(self) -> Batch:
     if not self._running:
@@ -154,13 +199,18 @@ class TrainBatches(Iterator[Batch]):
       self._running.append(iter(dataset))
     batch = next(self._running[0])
     self._next_batch += 1
+    self._ledger.add(batch.pop('faults'))
     # Copied out of the workers' shared memory, which complains when an array in it lives to the end of the program.
     return {name: np.array(values) for name, values in batch.items()}
 
+  def faults(self) -> dict[str, int]:
+    """How many records this host's batches had to leave out since the run began, by reason (`faults.REASONS`)."""
+    return dict(self._ledger.counts)
+
   def state(self) -> dict[str, Any]:
-    """The place of the next batch, as JSON values; equal on every host, whatever the workers and hosts."""
+    """The place of the next batch, as JSON values; equal on every host (but for faults), whatever the workers and hosts."""
     return {'next_batch': self._next_batch, 'seed': self._arguments['seed'],
-            'batch_size': self._arguments['batch_size'], 'data': self._fingerprint}
+            'batch_size': self._arguments['batch_size'], 'data': self._fingerprint, 'faults': self.faults()}
 
   def restore(self, state: Mapping[str, Any]) -> None:
     """Continues at `state`, on any number of workers and hosts.
@@ -169,11 +219,12 @@ class TrainBatches(Iterator[Batch]):
       UserError: if it is the state of other data, another seed or another global batch.
     """
     for name, own in self.state().items():
-      if name != 'next_batch' and state.get(name) != own:
+      if name not in ('next_batch', 'faults') and state.get(name) != own:
         raise UserError(f'the checkpoint was made with {name} {state.get(name)!r}, this run has {own!r}; '
                         'continue with the same, or start a new workdir')
     self.close()
     self._next_batch = int(state['next_batch'])
+    self._ledger.counts = dict(state.get('faults', {}))
 
   def close(self) -> None:
     """Ends the workers; the next batch would start new ones."""
@@ -225,7 +276,7 @@ def evaluation_batches(folder: str | storage.Path, split: str, *, image_size: in
   if batch_size < 1 or batch_size % process_count:
     raise UserError(f'evaluation.batch_size is {batch_size}; it must be a multiple of the {process_count} hosts')
   source = sources.open_split(folder, split)
-  yield from padded_batches(lambda i: transforms.decode(source[i].image), len(source), image_size=image_size,
+  yield from padded_batches(lambda i: _usable(source, i)[1], len(source), image_size=image_size,
                             batch_size=batch_size, process_index=process_index, process_count=process_count)
 
 
@@ -256,9 +307,24 @@ def _padded(first: int, images: list[concurrent.futures.Future], share: int, ima
 
 
 def evaluation_records(folder: str | storage.Path, split: str) -> list[Record]:
-  """Every record of a split in order, images left encoded: captions, concept, group and style by index."""
+  """Every record of a split in order, images left encoded: captions, concept, group and style by index.
+
+  One that cannot be used is black and has an empty caption, so that it counts as a mistake.
+  """
   source = sources.open_split(folder, split)
-  return [source[index] for index in range(len(source))]
+  if not manifest.load(folder).source:   # what was prepared has been decoded before
+    return [source[index] for index in range(len(source))]
+  return [_usable(source, index)[0] for index in range(len(source))]
+
+
+def _usable(source: sources.Source, index: int) -> tuple[Record, np.ndarray]:
+  """The record, and its image uint8 RGB [H, W, 3]."""
+  try:
+    record = source[index]
+    return record, transforms.decode(record.image)
+  except BadRecord as error:
+    print(f'evaluation counts {source.name(index)} as a mistake: {error}', file=sys.stderr, flush=True)
+    return Record(f'{index}', transforms.BLACK, ('',)), transforms.decode(transforms.BLACK)
 
 
 def _fingerprint(folder: str | storage.Path, with_teacher: bool) -> str:

@@ -2,9 +2,13 @@
 
 Letters: N texts, W text positions.
 """
+import gzip
+import html
 import io
+import re
+import zlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import sentencepiece
@@ -15,6 +19,7 @@ from lightclip_jax.errors import UserError
 
 class Tokenizer(Protocol):
   """What the pipeline, the model's checks and the plots need of a tokenizer."""
+  suffix: str                       # of its file, which tells its kind
   vocab_size: int
   pad_id: int
   start_id: int
@@ -38,8 +43,37 @@ class Tokenizer(Protocol):
     """All of it, so that it travels in a checkpoint; `from_bytes` reads it."""
 
 
-class SentencePieceTokenizer:
+class _OfFile:
+  """What all kinds do alike with the bytes of their file, `_model`, and with the ids of one text, `_ids`."""
+  suffix: str
+  pad_id: int
+  start_id: int
+  end_id: int
+  _model: bytes
+
+  def _ids(self, text: str) -> list[int]:
+    """Of the words alone."""
+    raise NotImplementedError
+
+  def encode(self, texts: Sequence[str], context: int) -> np.ndarray:
+    """See `Tokenizer.encode`."""
+    tokens_NxW = np.full((len(texts), context), self.pad_id, np.int32)
+    for row_W, text in zip(tokens_NxW, texts, strict=True):   # one by one: a list starts a pool of threads every time
+      words = [self.start_id, *self._ids(text)[:context - 2], self.end_id]
+      row_W[:len(words)] = words
+    return tokens_NxW
+
+  def to_bytes(self) -> bytes:
+    """See `Tokenizer.to_bytes`."""
+    return self._model
+
+  def __reduce__(self) -> tuple[Any, ...]:
+    return type(self), (self._model,)
+
+
+class SentencePieceTokenizer(_OfFile):
   """A SentencePiece model with pad, start, end and [MASK] tokens. Raises UserError for a model without them."""
+  suffix = '.model'
 
   def __init__(self, model: bytes):
     self._model = model
@@ -57,13 +91,8 @@ class SentencePieceTokenizer:
       raise UserError('the SentencePiece model lacks a pad, start, end or [MASK] token; train one with '
                       'lightclip_jax.data.tokenizers.train')
 
-  def encode(self, texts: Sequence[str], context: int) -> np.ndarray:
-    """See `Tokenizer.encode`."""
-    tokens_NxW = np.full((len(texts), context), self.pad_id, np.int32)
-    for row_W, text in zip(tokens_NxW, texts, strict=True):   # one by one: a list starts a pool of threads every time
-      words = [self.start_id, *self._processor.encode(text)[:context - 2], self.end_id]
-      row_W[:len(words)] = words
-    return tokens_NxW
+  def _ids(self, text: str) -> list[int]:
+    return self._processor.encode(text)
 
   def decode(self, ids: Sequence[int]) -> str:
     """See `Tokenizer.decode`."""
@@ -76,65 +105,6 @@ class SentencePieceTokenizer:
   def word_mask(self, tokens: np.ndarray) -> np.ndarray:
     """See `Tokenizer.word_mask`."""
     return self._is_word[tokens]
-
-  def to_bytes(self) -> bytes:
-    """See `Tokenizer.to_bytes`."""
-    return self._model
-
-  def __reduce__(self):
-    return SentencePieceTokenizer, (self._model,)
-
-
-class HuggingFaceTokenizer:
-  """A `tokenizer.json` that puts a start and an end token around a text, as CLIP's BPE does; `mask_id` is -1 where it has
-  no [MASK]. Raises UserError for another file."""
-
-  def __init__(self, data: bytes):
-    import tokenizers as library  # here alone: SentencePiece does without
-    self._data = data
-    try:
-      self._tokenizer = library.Tokenizer.from_buffer(data)
-      empty = self._tokenizer.encode('').ids
-    except Exception as error:   # the library raises nothing more special
-      raise UserError(f'a file of {len(data)} bytes is not a Hugging Face tokenizer.json ({error})') from error
-    if len(empty) != 2:
-      raise UserError(f'the tokenizer gives an empty text {len(empty)} tokens; it must give two, start and end')
-    self._tokenizer.no_padding()
-    self._tokenizer.no_truncation()
-    self.vocab_size = self._tokenizer.get_vocab_size()
-    self.start_id, self.end_id = empty
-    number = lambda *names: next((i for i in map(self._tokenizer.token_to_id, names) if i is not None), -1)  # noqa: E731
-    self.pad_id, self.mask_id = max(0, number('<pad>', '[PAD]')), number('[MASK]', '<mask>')
-    self.special_ids = tuple(i for i in (self.pad_id, self.start_id, self.end_id, self.mask_id) if i >= 0)
-    self._is_word = ~np.isin(np.arange(self.vocab_size), self.special_ids)
-
-  def encode(self, texts: Sequence[str], context: int) -> np.ndarray:
-    """See `Tokenizer.encode`."""
-    tokens_NxW = np.full((len(texts), context), self.pad_id, np.int32)
-    for row_W, text in zip(tokens_NxW, texts, strict=True):
-      words = self._tokenizer.encode(text).ids
-      words = [*words[:context - 1], self.end_id] if len(words) > context else words
-      row_W[:len(words)] = words
-    return tokens_NxW
-
-  def decode(self, ids: Sequence[int]) -> str:
-    """See `Tokenizer.decode`."""
-    return self._tokenizer.decode([int(i) for i in ids if int(i) not in self.special_ids])
-
-  def pieces(self, ids: Sequence[int]) -> list[str]:
-    """See `Tokenizer.pieces`."""
-    return [self._tokenizer.id_to_token(int(i)) for i in ids]
-
-  def word_mask(self, tokens: np.ndarray) -> np.ndarray:
-    """See `Tokenizer.word_mask`."""
-    return self._is_word[tokens]
-
-  def to_bytes(self) -> bytes:
-    """See `Tokenizer.to_bytes`."""
-    return self._data
-
-  def __reduce__(self):
-    return HuggingFaceTokenizer, (self._data,)
 
 
 def train(captions: Iterable[str], vocab_size: int) -> SentencePieceTokenizer:
@@ -160,8 +130,109 @@ def train(captions: Iterable[str], vocab_size: int) -> SentencePieceTokenizer:
   return SentencePieceTokenizer(out.getvalue())
 
 
+class HuggingFaceTokenizer(_OfFile):
+  """A `tokenizer.json` of Hugging Face that puts a start and an end token around a text. Raises UserError for another file.
+
+  Its padding and length are left aside. Where it has no mask token, one more id after its last stands for it.
+  """
+  suffix = '.json'
+
+  def __init__(self, model: bytes):
+    import tokenizers as library  # here alone: SentencePiece does without
+    self._model = model
+    try:
+      self._fast = library.Tokenizer.from_buffer(model)
+    except Exception as error:   # the library raises nothing more special
+      raise UserError(f'a file of {len(model)} bytes is not a Hugging Face tokenizer.json ({str(error)[:80]})') from error
+    self._fast.no_padding()
+    empty = self._fast.encode('').ids
+    if len(empty) != 2:
+      raise UserError(f'the tokenizer gives an empty text {len(empty)} tokens; it must give two, start and end')
+    pad = next((i for i in map(self._fast.token_to_id, ('<pad>', '[PAD]', '<|pad|>')) if i is not None), 0)
+    self._finish(pad, *empty)
+
+  def _finish(self, pad: int, start: int, end: int) -> None:
+    """Takes the special ids; `pad` may be an ordinary word's, since padding is told by its place."""
+    fast = self._fast
+    fast.no_truncation()
+    fast.no_padding()
+    fast.encode_special_tokens = True   # "[MASK]" in a caption is text like any other
+    known = fast.get_vocab(with_added_tokens=True)
+    mask = next((known[name] for name in ('[MASK]', '<mask>') if name in known), max(known.values()) + 1)
+    self.vocab_size = max(*known.values(), mask) + 1
+    self.pad_id, self.start_id, self.end_id, self.mask_id = pad, start, end, mask
+    self.special_ids = tuple(dict.fromkeys((start, end, mask) if self._is_ordinary(pad) else (pad, start, end, mask)))
+
+  def _is_ordinary(self, number: int) -> bool:
+    return number not in self._fast.get_added_tokens_decoder()
+
+  def _ids(self, text: str) -> list[int]:
+    return self._fast.encode(text, add_special_tokens=False).ids
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """See `Tokenizer.decode`."""
+    ids = np.asarray(ids)
+    return self._fast.decode(ids[self.word_mask(ids)].tolist()).strip()
+
+  def pieces(self, ids: Sequence[int]) -> list[str]:
+    """See `Tokenizer.pieces`."""
+    return [self._fast.id_to_token(int(i)) or '[MASK]' for i in ids]
+
+  def word_mask(self, tokens: np.ndarray) -> np.ndarray:
+    """See `Tokenizer.word_mask`; what follows the end token is padding."""
+    before_end = np.cumsum(tokens == self.end_id, axis=-1) == 0
+    return before_end & ~np.isin(tokens, self.special_ids)
+
+
+class ClipTokenizer(HuggingFaceTokenizer):
+  """OpenAI CLIP's byte pairs from `bpe_simple_vocab_16e6.txt.gz`; its ids are open_clip's, and one more is [MASK].
+
+  Texts are cleaned as there: ftfy, HTML entities, white space, lower case. Padding is 0, which also is "!".
+  """
+  suffix = '.gz'
+  _MERGES = 49152 - 256 - 2
+  _WORDS = r"'[sſ]|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"   # ſ is an s where case is ignored, as there
+
+  def __init__(self, model: bytes):
+    import ftfy
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
+    self._model, self._fix = model, ftfy.fix_text
+    try:
+      lines = gzip.decompress(model).decode().split('\n')
+      merges = [(left, right) for left, right in map(str.split, lines[1:self._MERGES + 1])]
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+      raise UserError(f"a file of {len(model)} bytes is not CLIP's vocabulary of byte pairs ({error})") from error
+    letters = _byte_letters()
+    pieces = [*letters, *(letter + '</w>' for letter in letters), *(left + right for left, right in merges),
+              '<start_of_text>', '<end_of_text>']
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    self._fast = tokenizers.Tokenizer(models.BPE(vocabulary, merges, end_of_word_suffix='</w>'))
+    self._fast.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(tokenizers.Regex(self._WORDS), 'removed', invert=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    self._fast.decoder = decoders.Sequence([decoders.Replace('</w>', 'Ġ'), decoders.ByteLevel()])   # that letter is a space
+    self._finish(0, vocabulary['<start_of_text>'], vocabulary['<end_of_text>'])
+
+  def _is_ordinary(self, number: int) -> bool:
+    return number == self.pad_id
+
+  def _ids(self, text: str) -> list[int]:
+    text = html.unescape(html.unescape(self._fix(text))).strip()
+    return super()._ids(re.sub(r'\s+', ' ', text).strip().lower())
+
+
+def _byte_letters() -> list[str]:
+  """A visible letter for each byte, in the order of GPT-2's byte pairs: printable ones stand for themselves."""
+  visible = [*range(ord('!'), ord('~') + 1), *range(ord('¡'), ord('¬') + 1), *range(ord('®'), ord('ÿ') + 1)]
+  return [chr(byte) for byte in visible] + [chr(256 + i) for i in range(256 - len(visible))]
+
+
 KINDS: dict[str, Callable[[bytes], Tokenizer]] = {   # by file suffix
-    '.model': SentencePieceTokenizer, '.json': HuggingFaceTokenizer}
+    '.model': SentencePieceTokenizer,
+    '.json': HuggingFaceTokenizer,
+    '.gz': ClipTokenizer,
+}
 
 
 def from_bytes(data: bytes, suffix: str = '.model') -> Tokenizer:

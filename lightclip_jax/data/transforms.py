@@ -4,38 +4,118 @@ Letters: H height, W width, S output size.
 """
 import io
 import math
+import struct
 
 import cv2
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import simplejpeg
 
+from lightclip_jax.data.faults import BadRecord
+
+MAX_PIXELS = 1 << 26
+BLACK = cv2.imencode('.png', np.zeros((8, 8, 3), np.uint8))[1].tobytes()   # in the place of an image that cannot be read
+_JPEG, _PNG = b'\xff\xd8', b'\x89PNG\r\n\x1a\n'
+_WEBP_EXIF, _WEBP_MOVES = 8, 2       # flags of its extended header
+_WEBP_SHAPES = {              # by its first chunk; the format's specification
+    b'VP8X': lambda data: (int.from_bytes(data[27:30], 'little') + 1, int.from_bytes(data[24:27], 'little') + 1),
+    b'VP8L': lambda data: ((int.from_bytes(data[21:25], 'little') >> 14 & 0x3fff) + 1,
+                           (int.from_bytes(data[21:23], 'little') & 0x3fff) + 1),
+    b'VP8 ': lambda data: (int.from_bytes(data[28:30], 'little') & 0x3fff, int.from_bytes(data[26:28], 'little') & 0x3fff),
+}
+_EXIF_ORIENTATION = 0x112
 cv2.setNumThreads(0)   # the pipeline is parallel over examples; OpenCV's own threads would fight it and the training
 
 
-def decode(data: bytes) -> np.ndarray:
-  """uint8 RGB [H, W, 3] of an encoded image; transparency becomes white.
+def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+  """uint8 RGB [H, W, 3] of an encoded image: upright by its EXIF orientation, the first frame where it moves.
+
+  Transparency becomes white, 16 bits become 8, CMYK becomes RGB.
 
   Raises:
-    ValueError: if `data` is not a whole image.
+    BadRecord: 'empty', 'not_image', 'truncated', or 'oversized' (told from the header, before anything is decoded).
   """
-  if data[:2] == b'\xff\xd8':
-    return simplejpeg.decode_jpeg(data)
-  image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data else None
-  if image is not None and image.dtype == np.uint8 and image.ndim == 3:
-    if image.shape[2] == 3:
-      return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-    alpha = image[..., 3:].astype(np.uint16)
-    return ((image[..., 2::-1] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+  height, width = image_shape(data)
+  if height * width > max_pixels:
+    raise BadRecord('oversized', f'{width} x {height}')
+  if data[:2] == _JPEG:
+    return _decode_jpeg(data)
+  if _is_plain(data):
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if image is not None and image.dtype == np.uint8 and image.ndim == 3:
+      if image.shape[2] == 3:
+        return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+      alpha = image[..., 3:].astype(np.uint16)
+      return ((image[..., 2::-1] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
   return _decode_any(data)
 
 
-def _decode_any(data: bytes) -> np.ndarray:
-  """Slower, for what OpenCV does not read: palettes, grey images and rare formats."""
+def image_shape(data: bytes) -> tuple[int, int]:
+  """Height and width from the header alone, before any rotation. Raises BadRecord ('empty', 'not_image', 'oversized')."""
+  if not data:
+    raise BadRecord('empty')
+  if data[:2] == _JPEG:
+    try:
+      return simplejpeg.decode_jpeg_header(data)[:2]
+    except ValueError:
+      pass   # Pillow may know more, such as JPEGs of 12 bits
+  elif data[:8] == _PNG and len(data) >= 24:
+    width, height = struct.unpack('>II', data[16:24])
+    return height, width
+  elif data[:4] == b'RIFF' and len(data) >= 30 and data[12:16] in _WEBP_SHAPES:
+    return _WEBP_SHAPES[data[12:16]](data)
+  width, height = _open(data).size
+  return height, width
+
+
+def _is_plain(data: bytes) -> bool:
+  """Whether OpenCV reads it as Pillow would: a whole PNG or WebP without orientation. It fills what a cut file lacks."""
+  if data[:8] == _PNG:
+    return data[-8:-4] == b'IEND' and b'eXIf' not in data[:-8]
+  special = data[12:16] == b'VP8X' and data[20] & (_WEBP_EXIF | _WEBP_MOVES)
+  return data[:4] == b'RIFF' and data[8:12] == b'WEBP' and not special
+
+
+def _decode_jpeg(data: bytes, **options: int) -> np.ndarray:
+  """`options`: simplejpeg's `min_height`, `min_width` of a smaller version."""
+  if _is_rotated(data):
+    return _decode_any(data)
   try:
-    return to_rgb(PIL.Image.open(io.BytesIO(data)))
-  except (OSError, SyntaxError) as error:
-    raise ValueError(f'{len(data)} bytes are not an image: {error}') from error
+    return simplejpeg.decode_jpeg(data, **options)
+  except ValueError:
+    return _decode_any(data)   # CMYK, or cut off: Pillow tells
+
+
+def _is_rotated(data: bytes) -> bool:
+  """Whether a JPEG says in its EXIF header that it lies on its side or is mirrored."""
+  if b'Exif\0\0' not in data[:4096]:
+    return False
+  try:
+    return _open(data).getexif().get(_EXIF_ORIENTATION, 1) != 1
+  except Exception:   # Pillow's reader of EXIF data stumbles in many ways; without it the image is as it lies
+    return False
+
+
+def _open(data: bytes) -> PIL.Image.Image:
+  try:
+    return PIL.Image.open(io.BytesIO(data))
+  except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
+    raise BadRecord('oversized') from error
+  except PIL.UnidentifiedImageError as error:
+    raise BadRecord('truncated' if data[:2] == _JPEG or data[:8] == _PNG else 'not_image', f'{len(data)} bytes') from error
+  except Exception as error:   # broken headers raise whatever the format's reader stumbles over
+    raise BadRecord('truncated', str(error)) from error
+
+
+def _decode_any(data: bytes) -> np.ndarray:
+  """Slower, for what the others do not read: palettes, grey images, rotated ones and rare formats."""
+  try:
+    return to_rgb(PIL.ImageOps.exif_transpose(_open(data)))
+  except BadRecord:
+    raise
+  except Exception as error:   # as above
+    raise BadRecord('truncated', str(error)) from error
 
 
 def to_rgb(image: PIL.Image.Image) -> np.ndarray:
@@ -48,24 +128,63 @@ def to_rgb(image: PIL.Image.Image) -> np.ndarray:
     raise ValueError("mode 'F' has no range that is black to white; convert the image to 'L' first")
   if image.mode.startswith('I'):   # Pillow would clip at 255
     image = PIL.Image.fromarray((np.clip(np.asarray(image), 0, 65535) // 256).astype(np.uint8))
+  if image.mode == 'CMYK':
+    return np.asarray(image.convert('RGB'))
   image = image.convert('RGBA')
   white = PIL.Image.new('RGBA', image.size, 'white')
   return np.asarray(PIL.Image.alpha_composite(white, image).convert('RGB'))
 
 
+def decode_crop(data: bytes, size: int, rng: np.random.Generator, *, scale: tuple[float, float],
+                ratio: tuple[float, float], max_pixels: int = MAX_PIXELS) -> np.ndarray:
+  """`random_resized_crop` of an encoded image, uint8 [S, S, 3].
+
+  A JPEG is decoded no larger than the crop needs: at 1/2, 1/4... of its size, straight from its coefficients.
+
+  Raises:
+    BadRecord: as `decode`.
+  """
+  if data[:2] != _JPEG or _is_rotated(data):
+    return random_resized_crop(decode(data, max_pixels), size, rng, scale=scale, ratio=ratio)
+  height, width = image_shape(data)
+  if height * width > max_pixels:
+    raise BadRecord('oversized', f'{width} x {height}')
+  top, left, h, w = crop_box(height, width, rng, scale, ratio)
+  image_HxWx3 = _decode_jpeg(data, min_height=math.ceil(height * size / h), min_width=math.ceil(width * size / w))
+  # It is decoded at exactly n/8; a part of a pixel that this leaves at the far edges becomes a whole one.
+  scaled = round(8 * max(image_HxWx3.shape[:2]) / max(height, width)) / 8
+  return _crop_resize(image_HxWx3, tuple(scaled * number for number in (top, left, h, w)), size)
+
+
+def _crop_resize(image_HxWx3: np.ndarray, box: tuple[float, float, float, float], size: int) -> np.ndarray:
+  """The part at (top, left, height, width), which may lie between pixels, as uint8 [S, S, 3], in one call."""
+  top, left, h, w = box
+  if min(h, w) >= 2 * size:   # bilinear would skip pixels; and of so many, fractions do not matter
+    return _resize(image_HxWx3[round(top):round(top + h), round(left):round(left + w)], size)
+  y, x = h / size, w / size
+  place = np.array([[x, 0, left + x / 2 - 0.5], [0, y, top + y / 2 - 0.5]])   # of an output pixel's middle in the image
+  return cv2.warpAffine(image_HxWx3, place, (size, size), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+                        borderMode=cv2.BORDER_REPLICATE)
+
+
 def random_resized_crop(image_HxWx3: np.ndarray, size: int, rng: np.random.Generator, *, scale: tuple[float, float],
                         ratio: tuple[float, float]) -> np.ndarray:
   """A random part of the image, resized to uint8 [S, S, 3] (Inception's crop: area in `scale`, log-uniform `ratio`)."""
-  height, width = image_HxWx3.shape[:2]
+  top, left, h, w = crop_box(*image_HxWx3.shape[:2], rng, scale, ratio)
+  return _resize(image_HxWx3[top:top + h, left:left + w], size)
+
+
+def crop_box(height: int, width: int, rng: np.random.Generator, scale: tuple[float, float], ratio: tuple[float, float],
+             ) -> tuple[int, int, int, int]:
+  """Top, left, height and width of that part; the middle square where none fits in ten draws."""
   for _ in range(10):
     area = height * width * rng.uniform(*scale)
     aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
     w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
     if 0 < w <= width and 0 < h <= height:
-      top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
-      return _resize(image_HxWx3[top:top + h, left:left + w], size)
+      return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
   side = min(height, width)
-  return _resize(image_HxWx3[(height - side) // 2:, (width - side) // 2:][:side, :side], size)
+  return (height - side) // 2, (width - side) // 2, side, side
 
 
 def _resize(image_HxWx3: np.ndarray, size: int) -> np.ndarray:

@@ -19,7 +19,7 @@ from lightclip_jax.errors import UserError
 RECORDS_PER_SHARD = 8192
 TOKENIZER_FILE = 'tokenizer.model'
 # One record a chunk: random access reads no neighbour. Images are compressed already.
-_WRITER_OPTIONS = 'group_size:1,uncompressed'
+WRITER_OPTIONS = 'group_size:1,uncompressed'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +35,10 @@ class About:
 
 
 @contextlib.contextmanager
-def new_folder(out: pathlib.Path) -> Iterator[pathlib.Path | None]:
+def new_folder(out: pathlib.Path, keep: bool = False) -> Iterator[pathlib.Path | None]:
   """A hidden sibling of `out` to write into; it becomes `out` when the block ends well, else it is deleted.
+
+  With `keep` it stays instead, and the next one finds what it holds.
 
   Gives None when `out` is already a prepared folder. Of several processes one writes, the others wait for it. What a
   killed process left is deleted by the next.
@@ -57,19 +59,20 @@ def new_folder(out: pathlib.Path) -> Iterator[pathlib.Path | None]:
         partial.rmdir()
         yield None
       else:
-        yield from _fill(partial, out)
+        yield from _fill(partial, out, keep)
   except OSError as error:
     raise UserError(f'cannot write {str(out)!r}: {error.strerror or error}') from error
 
 
-def _fill(partial: pathlib.Path, out: pathlib.Path) -> Iterator[pathlib.Path]:
-  for leftover in partial.iterdir():
+def _fill(partial: pathlib.Path, out: pathlib.Path, keep: bool) -> Iterator[pathlib.Path]:
+  for leftover in () if keep else partial.iterdir():
     shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
   try:
     yield partial
     partial.rename(out)
   except BaseException:
-    shutil.rmtree(partial, ignore_errors=True)
+    if not keep:
+      shutil.rmtree(partial, ignore_errors=True)
     raise
 
 
@@ -106,7 +109,7 @@ def write(folder: pathlib.Path, splits: Mapping[str, Iterable[Record]], about: A
   manifest = manifests.Manifest(
       name=about.name, splits=written, tokenizer=TOKENIZER_FILE, image_size=about.image_size, concepts=about.concepts,
       groups=about.groups, licences=dict(about.licences), packages=dict(about.packages),
-      sha256={file: _sha256(folder / file) for file in files})
+      sha256={file: sha256(folder / file) for file in files})
   manifest.save(folder)
   return manifest
 
@@ -121,7 +124,7 @@ def _write_split(folder: pathlib.Path, name: str, records: Iterable[Record], cap
       if writer:
         writer.close()
       shards.append(f'{name}-{len(shards):05d}.array_record')
-      writer = array_record_module.ArrayRecordWriter(str(folder / shards[-1]), _WRITER_OPTIONS)
+      writer = array_record_module.ArrayRecordWriter(str(folder / shards[-1]), WRITER_OPTIONS)
     writer.write(records_lib.encode(record))
     captions.extend(record.captions)
     count += 1
@@ -130,6 +133,7 @@ def _write_split(folder: pathlib.Path, name: str, records: Iterable[Record], cap
   return manifests.Split(tuple(shards), count)
 
 
-def _sha256(path: pathlib.Path) -> str:
+def sha256(path: pathlib.Path) -> str:
+  """Hash of a file's bytes, in hexadecimal."""
   with path.open('rb') as file:
     return hashlib.file_digest(file, 'sha256').hexdigest()

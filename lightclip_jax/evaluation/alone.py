@@ -49,7 +49,7 @@ def evaluate(path: storage.Path, chosen: Mapping[str, tasks.Task], out: str, *, 
                     f"its model's vocabulary has {config.model.text.vocab_size}")
   embedder = Embedder(lightclip.LightCLIP(config.model), config.model, loaded.variables, loaded.tokenizer,
                       batch_size=batch_size or config.evaluation.batch_size)
-  folder = functools.partial(datasets.resolve, data or config.data.dataset)
+  folder = functools.partial(datasets.resolve, data or config.data.dataset, config.data)
   session = Session(embedder, folder, templates=templates, token_matching=config.objective.token_matching)
   chosen = chosen or evaluation.of_splits(config.evaluation.splits) | tasks.choose(config.evaluation.tasks)
   found = evaluation.run_each(session, chosen, debug)

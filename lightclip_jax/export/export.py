@@ -16,7 +16,6 @@ from lightclip_jax.inference import model as model_lib
 # format -> write(towers, folder): makes the tower files, returns what model.json says about them.
 FORMATS: dict[str, Callable[[towers_lib.Towers, pathlib.Path], dict[str, Any]]] = {
   'onnx': onnx_files.write, 'stablehlo': stablehlo.write, 'open_clip': open_clip.write}
-TOKENIZER_FILE = 'tokenizer.model'
 
 
 def export(loaded: checkpoint.Loaded, kind: str, out: pathlib.Path, *, data: pathlib.Path | None = None,
@@ -47,8 +46,9 @@ def export(loaded: checkpoint.Loaded, kind: str, out: pathlib.Path, *, data: pat
     inputs['real'] = verify.real(towers, data)
   else:
     yield f'the data set {loaded.config.data.dataset!r} is not here: verified on noise alone (--data names a prepared folder)'
-  (out / TOKENIZER_FILE).write_bytes(loaded.tokenizer.to_bytes())
-  about = {**FORMATS[kind](towers, out), **towers.description(), 'tokenizer': TOKENIZER_FILE}
+  tokenizer_file = f'tokenizer{loaded.tokenizer.suffix}'
+  (out / tokenizer_file).write_bytes(loaded.tokenizer.to_bytes())
+  about = {**FORMATS[kind](towers, out), **towers.description(), 'tokenizer': tokenizer_file}
   if kind == 'open_clip':
     about['cosines'] = open_clip.cosines(towers, out, inputs)
     _finish(out, about)
@@ -86,7 +86,7 @@ def _quantized(out: pathlib.Path, about: dict[str, Any], reference: model_lib.Mo
   folder = out / 'int8'
   folder.mkdir(exist_ok=True)
   onnx_files.quantize(out, folder)
-  (folder / TOKENIZER_FILE).write_bytes((out / TOKENIZER_FILE).read_bytes())
+  (folder / about['tokenizer']).write_bytes((out / about['tokenizer']).read_bytes())
   _finish(folder, about)
   model = model_lib.load(folder)
   cosines = verify.cosines(_sides(reference), _sides(model), inputs)

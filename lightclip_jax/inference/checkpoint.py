@@ -102,7 +102,8 @@ def _restore(manager: ocp.CheckpointManager, step: int) -> Loaded:
     if isinstance(leaf, jax.ShapeDtypeStruct):   # what a partial restore does not find it leaves as it was
       raise UserError(f'checkpoint {step} in {str(manager.directory)!r} lacks {sharding.path_name(key)}; is it whole?')
   variables = {'params': state.get('ema', state.get('params')), 'batch_stats': state.get('batch_stats', {})}
-  return Loaded(step, config, variables, tokenizers.from_bytes(base64.b64decode(run['tokenizer'])), run['preprocessing'])
+  tokenizer = tokenizers.from_bytes(base64.b64decode(run['tokenizer']), run.get('tokenizer_kind', '.model'))
+  return Loaded(step, config, variables, tokenizer, run['preprocessing'])
 
 
 def _abstract(config: config_lib.Config) -> dict[str, Any]:

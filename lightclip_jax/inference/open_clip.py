@@ -123,7 +123,8 @@ def _text_tower(text: Mapping[str, Any], weights: Mapping[str, np.ndarray], toke
   end = {'argmax': vocabulary - 1, 'eos': text.get('eos_id', 2)}.get(pool)
   if end is None:
     raise UserError(f"its text pool_type is {pool!r}; only 'argmax' and 'eos' are known")
-  if tokenizer.vocab_size > vocabulary or tokenizer.end_id != end:
+  last_is_mask = tokenizer.mask_id == tokenizer.vocab_size - 1   # no text becomes it, so it needs no embedding
+  if tokenizer.vocab_size - last_is_mask > vocabulary or tokenizer.end_id != end:
     raise UserError(f'its tokenizer has {tokenizer.vocab_size} pieces and ends with {tokenizer.end_id}, its text tower '
                     f'{vocabulary} and {end}')
   if not causal and np.abs(theirs['token_embedding.weight'][tokenizer.pad_id]).max() < _PADDING_OFF:

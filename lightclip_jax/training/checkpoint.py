@@ -26,6 +26,7 @@ class RunState:
   config: dict[str, Any]
   preprocessing: dict[str, Any]
   tokenizer: str                   # base64
+  tokenizer_kind: str = '.model'   # suffix of its file
 
 
 class Checkpointer:

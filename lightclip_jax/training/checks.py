@@ -7,12 +7,12 @@ import jax
 
 from lightclip_jax import config as config_lib
 from lightclip_jax import storage
-from lightclip_jax.data import tokenizers
+from lightclip_jax.data import manifest, tokenizers
 from lightclip_jax.errors import UserError
 
 # These may change between a run and its continuation: they do not change what is learnt.
 FREE = ('train.log_every', 'train.accumulate', 'checkpoint', 'evaluation', 'mesh', 'data.workers', 'data.prefetch',
-        'data.dataset', 'name')
+        'data.dataset', 'data.tokenizer', 'data.image_root', 'data.max_faults', 'name')
 
 
 def check_batch(config: config_lib.Config, shards: int) -> None:
@@ -59,6 +59,17 @@ def check_tokenizer(config: config_lib.Config, tokenizer: tokenizers.Tokenizer) 
   if tokenizer.end_id != text.end_id:
     raise UserError(f'model.text.end_id is {text.end_id}, but the tokenizer of {config.data.dataset!r} ends with '
                     f'{tokenizer.end_id}')
+
+
+def check_splits(config: config_lib.Config, folder: storage.Path) -> None:
+  """The data have the splits that are evaluated.
+
+  Raises:
+    UserError: naming the first that is missing; a run must not end with that.
+  """
+  contents = manifest.load(folder)
+  for split in config.evaluation.splits:
+    contents.split(split)
 
 
 def check_teacher(config: config_lib.Config, dim: int) -> None:

@@ -56,7 +56,8 @@ class Run:
     self._trainer = Trainer.create(config, self._mesh)
     self._abstract = self._trainer.abstract_state()
     with distributed.first_alone('data'):
-      folder = datasets.resolve(config.data.dataset)
+      folder = datasets.resolve(config.data.dataset, config.data)
+    checks.check_splits(config, folder)
     self._tokenizer = pipeline.load_tokenizer(folder)
     checks.check_tokenizer(config, self._tokenizer)
     distils = self._trainer.objective.needs_teacher
@@ -72,6 +73,7 @@ class Run:
         process_count=jax.process_count(), with_teacher=distils)
     self._checkpointer = checkpoint_lib.Checkpointer(workdir, config.checkpoint)
     self._pending: dict[str, jax.Array] | None = None
+    self._faults: dict[str, int] = {}   # of the batches up to the pending step
 
   def start(self) -> None:
     """Restores or initialises the state, and opens the logs behind it."""
@@ -161,7 +163,7 @@ class Run:
     self.state, fresh = self._compiled_step(self.state, put_batch(arrays, self._mesh))
     self._settle()
     self.step += 1
-    self._pending = fresh
+    self._pending, self._faults = fresh, self._batches.faults()
     self._clock.stepped()
 
   def _settle(self) -> None:
@@ -172,7 +174,7 @@ class Run:
     self._pending = None
     if self.step % self.config.train.log_every == 0 or self.step == self.config.train.steps:
       values = {f'train/{name}': value for name, value in (self._meter.take() | self._clock.take(self.step)).items()}
-      self._writer.write(self.step, values)
+      self._writer.write(self.step, values | {f'data/left_out_{reason}': count for reason, count in self._faults.items()})
       distributed.say(metrics.console_line(self.step, self.config.train.steps, values))
 
   @property
@@ -198,7 +200,7 @@ class Run:
       self._checkpointer.save(self.step, self.state, metrics=self._scores, run=checkpoint_lib.RunState(
           iterator=self._batches.state(), meter=self._meter.state(), config=dataclasses.asdict(self.config),
           preprocessing=lightclip.preprocessing(self.config.model),
-          tokenizer=base64.b64encode(self._tokenizer.to_bytes()).decode()))
+          tokenizer=base64.b64encode(self._tokenizer.to_bytes()).decode(), tokenizer_kind=self._tokenizer.suffix))
       self._writer.flush()   # what a run that continues here will not log again
 
   @contextlib.contextmanager

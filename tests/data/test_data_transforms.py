@@ -6,6 +6,7 @@ import io
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import pytest
 
 from lightclip_jax.data import transforms
@@ -120,3 +121,68 @@ def test_evaluation_transform_is_resize_and_centre_crop(shape):
   left, top = round((resized.width - 16) / 2), round((resized.height - 16) / 2)
   expected = np.asarray(resized.crop((left, top, left + 16, top + 16)))
   np.testing.assert_array_equal(transforms.evaluation_transform(image, 16), expected)
+
+
+def _photo(height=60, width=80):
+  """Smooth, with a bright corner at the top left."""
+  y, x = np.mgrid[0:height, 0:width]
+  return np.stack([255 - 3 * y, 255 - 3 * x, np.full_like(x, 40)], -1).clip(0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize('kind', ['JPEG', 'PNG', 'WEBP'])
+@pytest.mark.parametrize('orientation', range(1, 9))
+def test_rotated_images_stand_upright(kind, orientation):
+  exif = PIL.Image.Exif()
+  exif[0x112] = orientation
+  options = {'lossless': True} if kind == 'WEBP' else {'quality': 95} if kind == 'JPEG' else {}
+  data = _encoded(PIL.Image.fromarray(_photo()), kind, exif=exif, **options)
+  expected = np.asarray(PIL.ImageOps.exif_transpose(PIL.Image.open(io.BytesIO(data))).convert('RGB')).astype(int)
+  decoded = transforms.decode(data)
+  assert decoded.shape == expected.shape and np.abs(decoded - expected).max() <= 4
+  whole = transforms.decode_crop(data, 20, RNG(0), scale=(1, 1), ratio=(expected.shape[1] / expected.shape[0],) * 2)
+  reference = transforms._resize(decoded, 20).astype(int)
+  assert np.abs(whole - reference).mean() < 3
+
+
+def test_cmyk_is_rgb():
+  data = _encoded(PIL.Image.fromarray(_photo()).convert('CMYK'), 'JPEG', quality=95)
+  assert np.abs(transforms.decode(data).astype(int) - _photo()).mean() < 4
+  assert transforms.decode_crop(data, 8, RNG(0), scale=(1, 1), ratio=(1, 1)).shape == (8, 8, 3)
+
+
+@pytest.mark.parametrize('kind', ['GIF', 'WEBP', 'PNG'])
+def test_of_what_moves_the_first_frame_is_seen(kind):
+  frames = [PIL.Image.new('RGB', (9, 7), colour) for colour in ('red', 'blue')]
+  options = {'lossless': True} if kind == 'WEBP' else {}
+  decoded = transforms.decode(_encoded(frames[0], kind, save_all=True, append_images=frames[1:], duration=100, **options))
+  assert decoded.shape == (7, 9, 3) and np.abs(decoded.astype(int) - (255, 0, 0)).max() <= 1
+
+
+@pytest.mark.parametrize('kind', ['PNG', 'TIFF'])
+def test_sixteen_bits_become_eight(kind):
+  import cv2
+  image = _photo().astype(np.uint16) * 257
+  data = cv2.imencode(f'.{kind.lower()}', image[..., ::-1])[1].tobytes()
+  assert np.abs(transforms.decode(data).astype(int) - _photo()).max() <= 1
+
+
+@pytest.mark.parametrize(('size', 'scale'), [(60, (0.3, 1.0)), (100, (0.05, 0.1))])
+def test_a_jpeg_is_cropped_as_if_it_had_been_decoded_whole(size, scale):
+  image = np.asarray(PIL.Image.fromarray(_noise(5, 7)).resize((311, 203), PIL.Image.Resampling.BICUBIC))
+  data = _encoded(PIL.Image.fromarray(image), 'JPEG', quality=95)
+  for seed in range(8):
+    fast = transforms.decode_crop(data, size, RNG(seed), scale=scale, ratio=(0.7, 1.4)).astype(int)
+    slow = transforms.random_resized_crop(transforms.decode(data), size, RNG(seed), scale=scale, ratio=(0.7, 1.4))
+    moved = np.abs(np.diff(slow.astype(int), axis=1)).mean()   # what one pixel to the side would be off
+    assert fast.shape == slow.shape and np.abs(fast - slow).mean() < 0.25 * moved + 1
+
+
+@pytest.mark.parametrize('kind', ['PNG', 'WEBP', 'JPEG', 'GIF', 'BMP', 'TIFF'])
+def test_shapes_and_the_pixel_cap_are_read_from_headers(kind):
+  data = _encoded(PIL.Image.fromarray(_noise(20, 30)), kind)
+  assert transforms.image_shape(data) == (20, 30)
+  assert transforms.decode(data, max_pixels=600).shape == (20, 30, 3)
+  for read in (lambda: transforms.decode(data, 599),
+               lambda: transforms.decode_crop(data, 8, RNG(0), scale=(1, 1), ratio=(1, 1), max_pixels=599)):
+    with pytest.raises(ValueError, match='more pixels than data.max_pixels .30 x 20.'):
+      read()

@@ -1,11 +1,16 @@
-"""The built-in data sets, by name. A new one is a function that makes a folder, and a line here."""
+"""Data sets by name: built-in ones, prepared folders, and sources in other formats. A built-in one is a function and a line."""
+import dataclasses
 import os
 import pathlib
+import tempfile
 from collections.abc import Callable
+from typing import Any
 
+from lightclip_jax import config as configs
 from lightclip_jax import storage
-from lightclip_jax.data import manifest
+from lightclip_jax.data import indexes, manifest, sources, tokenizers
 from lightclip_jax.data.datasets import emoji, shapes
+from lightclip_jax.data.sources.spec import Spec
 from lightclip_jax.errors import UserError
 
 # name -> prepare(out, size in pixels, processes): makes the folder `out`, or does nothing if it is there.
@@ -15,6 +20,7 @@ BUILT_IN: dict[str, Callable[..., None]] = {
 }
 # Counted up whenever a built-in set's contents change, so that no run continues on, or is compared with, an older one.
 EDITION = {'emoji': 2, 'shapes': 1}
+_PLUS = ' + '
 
 
 def cache() -> pathlib.Path:
@@ -28,18 +34,88 @@ def folder_of(name: str) -> pathlib.Path:
   return cache() / f'{name}-{EDITION[name]}'
 
 
-def resolve(name_or_folder: str) -> storage.Path:
+def resolve(name: str, options: configs.Data | None = None) -> storage.Path:
   """The folder of a data set; a built-in one is prepared in the cache if it is not there yet.
 
+  For KIND:PATH, and for several joined by " + ", that is a folder in the cache with a manifest that points to them, the
+  tokenizer, and indexes; the data stay where they are.
+
+  Args:
+    name: a built-in name, a prepared folder, KIND:PATH, or several.
+    options: `config.data`; columns, weights and tokenizer of such sources come from it.
+
   Raises:
-    UserError: for something that is neither a built-in name nor a prepared folder, or if the preparation fails.
+    UserError: for something that is none of these, or if the preparation fails.
   """
-  if name_or_folder in BUILT_IN:
-    folder = folder_of(name_or_folder)
-    BUILT_IN[name_or_folder](folder)
-  else:
-    folder = storage.path(name_or_folder).expanduser()
-    if not folder.exists():
-      raise UserError(f'data set {name_or_folder!r} is neither a folder nor a built-in name ({", ".join(BUILT_IN)})')
-  manifest.load(folder)
+  if _PLUS not in name and name.partition(':')[0] not in sources.SOURCES:
+    folder = _prepared(name)
+    manifest.load(folder)
+    return folder
+  options = options or configs.Data()
+  contents = about(name, options)
+  return _point_to(name, contents, _tokenizer_file(name, contents, options))
+
+
+def about(name: str, options: configs.Data) -> dict[str, Any]:
+  """What `sources.open_parts` opens, for KIND:PATH or several. Raises as `resolve`."""
+  parts = [_spec(part.strip(), options) for part in name.split(_PLUS)]
+  if options.weights and (len(options.weights) != len(parts) or min(options.weights) <= 0):
+    raise UserError(f'data.weights is {options.weights}; {name!r} needs {len(parts)} numbers above 0')
+  if options.holdout_every < 0 or options.holdout_every == 1:
+    raise UserError(f'data.holdout_every is {options.holdout_every}; it must be 0 (none) or at least 2')
+  return {'parts': [part.json() for part in parts], 'weights': options.weights, 'holdout_every': options.holdout_every}
+
+
+def _prepared(name: str) -> storage.Path:
+  if name in BUILT_IN:
+    BUILT_IN[name](folder_of(name))
+    return folder_of(name)
+  folder = storage.path(name).expanduser()
+  if not folder.exists():
+    kinds = ', '.join(f'{kind}:' for kind in sources.SOURCES)
+    raise UserError(f'data set {name!r} is neither a folder nor a built-in name ({", ".join(BUILT_IN)}) nor KIND:PATH '
+                    f'({kinds})')
+  return folder
+
+
+def _spec(name: str, options: configs.Data) -> Spec:
+  if name.partition(':')[0] not in sources.SOURCES:   # a prepared folder as a part of a mixture
+    folder = _prepared(name)
+    manifest.load(folder)
+    return Spec('array_record', str(folder if storage.in_bucket(folder) else folder.absolute()))
+  kind, path = sources.parse(name)
+  path = path if '://' in path or kind == 'tfds' else os.path.abspath(os.path.expanduser(path))
+  spec = Spec(kind, path, options.image_column, options.caption_column, options.image_root)
+  return dataclasses.replace(spec, index=str(cache() / 'indexes' / indexes.digest(spec.json())))
+
+
+def _tokenizer_file(name: str, contents: dict[str, Any], options: configs.Data) -> storage.Path:
+  if options.tokenizer:
+    return storage.path(options.tokenizer).expanduser()
+  for part in contents['parts']:
+    if part['kind'] == 'array_record':
+      return storage.path(part['path']) / manifest.load(part['path']).tokenizer
+  raise UserError(f'{name!r} brings no tokenizer; set data.tokenizer to a file (python -m lightclip_jax.prepare tokenizer '
+                  'makes one)')
+
+
+def _point_to(name: str, about: dict[str, Any], tokenizer_file: storage.Path) -> pathlib.Path:
+  """A folder in the cache with the tokenizer and a manifest of what the sources hold now."""
+  tokenizer = tokenizers.load(tokenizer_file)
+  file = f'tokenizer{tokenizer.suffix}'
+  train = sources.open_parts(about, 'train')
+  splits = {'train': manifest.Split(('train',), len(train))}
+  if about['holdout_every']:
+    splits[sources.HELDOUT] = manifest.Split((sources.HELDOUT,), len(sources.open_parts(about, sources.HELDOUT)))
+  contents = manifest.Manifest(
+      name=name, splits=splits, tokenizer=file, image_size=0, concepts=(), groups=(), licences={}, packages={},
+      sha256={**{split: train.fingerprint for split in splits}, file: indexes.digest(tokenizer.to_bytes().hex())}, source=about)
+  folder = cache() / 'sources' / indexes.digest([about, contents.sha256])
+  if not (folder / manifest.FILE_NAME).is_file():
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as partial:   # renamed file by file: others may write the same ones
+      (pathlib.Path(partial) / file).write_bytes(tokenizer.to_bytes())
+      contents.save(pathlib.Path(partial))
+      for part in (file, manifest.FILE_NAME):
+        (pathlib.Path(partial) / part).replace(folder / part)
   return folder

@@ -1,0 +1,60 @@
+"""Captions out of files that anyone may have written."""
+import html
+import json
+import unicodedata
+from typing import Any
+
+from lightclip_jax.data.faults import BadRecord
+
+
+def of_value(value: Any) -> tuple[str, ...]:
+  """One caption or a list of them, without the blank ones.
+
+  Raises:
+    BadRecord: if none is left, or one is not text that has a UTF-8 form.
+  """
+  texts = value if isinstance(value, (list, tuple)) else [value]
+  texts = [_text(text) if isinstance(text, bytes) else text for text in texts if text is not None]
+  if not all(isinstance(text, str) and _has_utf8(text) for text in texts):
+    raise BadRecord('bad_caption')
+  if not (kept := tuple(text.strip() for text in texts if text.strip())):
+    raise BadRecord('no_caption')
+  return kept
+
+
+def clean(text: str) -> str:
+  """Without HTML entities, control characters and repeated white space."""
+  text = ''.join(' ' if unicodedata.category(letter) == 'Cc' else letter for letter in html.unescape(html.unescape(text)))
+  return ' '.join(text.split())
+
+
+def of_lines(data: bytes) -> tuple[str, ...]:
+  """One caption a line of a text file. Raises as `of_value`."""
+  return of_value(_text(data).splitlines())
+
+
+def of_json(data: bytes, keys: tuple[str, ...] = ('caption', 'captions', 'text', 'title')) -> tuple[str, ...]:
+  """The captions of a JSON object under the first of `keys` that it has. Raises as `of_value`."""
+  try:
+    values = json.loads(_text(data))
+  except (ValueError, RecursionError) as error:
+    raise BadRecord('damaged', 'no JSON') from error
+  found = [values[key] for key in keys if key in values] if isinstance(values, dict) else []
+  if not found:
+    raise BadRecord('no_caption')
+  return of_value(found[0])
+
+
+def _text(data: bytes) -> str:
+  try:
+    return data.decode('utf-8-sig')
+  except UnicodeDecodeError as error:
+    raise BadRecord('bad_caption') from error
+
+
+def _has_utf8(text: str) -> bool:
+  try:
+    text.encode()   # a lone surrogate, which JSON can write, has no UTF-8 form
+  except UnicodeEncodeError:
+    return False
+  return True

@@ -1,0 +1,272 @@
+"""Any source to a prepared folder: images checked (and resized), captions cleaned, duplicates left out, all of it counted.
+
+The work is done in parts of one shard each, by several processes. A part that is done has a note beside its shard, so that
+an interrupted preparation goes on where it was.
+"""
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+import simplejpeg
+import tqdm
+from array_record.python import array_record_module
+
+from lightclip_jax.data import captions, manifest, processes, records, sources, tokenizers, transforms, writer
+from lightclip_jax.data.faults import REASONS, BadRecord
+from lightclip_jax.data.records import Record
+from lightclip_jax.data.sources.array_record import ArrayRecordSource
+
+SUMMARY_FILE, SHEET_FILE = 'summary.txt', 'contact_sheet.jpg'
+_NOTE = '.note.json'
+_CAPTIONS_A_PART = 2000        # the tokenizer learns from
+_COLUMNS = ('hashes', 'captions', 'concepts', 'sides', 'words')
+_SHEET, _TILE = 8, 96          # pictures in a row, pixels of each
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """What becomes of the records."""
+  size: int = 0                # shorter side in pixels at most; 0: images stay as they are
+  quality: int = 90            # of JPEGs that are made anew
+  duplicates: Literal['keep', 'exact', 'similar'] = 'exact'
+  max_pixels: int = transforms.MAX_PIXELS
+  vocab_size: int = 8192
+  tokenizer: str = ''          # a file; '': one is trained
+
+
+def convert(about: dict[str, Any], out: pathlib.Path, options: Options, workers: int) -> manifest.Manifest:
+  """Makes the prepared folder `out` of the sources that `about` names (`sources.open_parts`).
+
+  Raises:
+    UserError: if a source or the tokenizer is not there, no record can be used, or `out` cannot be written.
+  """
+  with writer.new_folder(out, keep=True) as folder:
+    if folder is not None:
+      work = Work(about, folder, options)
+      work.clear_if_other()
+      notes = {split: work.run(split, workers) for split in work.splits}
+      _leave_out_duplicates(folder, notes, options.duplicates)
+      _finish(folder, about, notes, options)
+  return manifest.load(out)
+
+
+class Work:
+  """The parts of one preparation."""
+
+  def __init__(self, about: dict[str, Any], folder: pathlib.Path, options: Options):
+    self.splits = ('train', sources.HELDOUT) if about['holdout_every'] else ('train',)
+    self._about, self._folder, self._options = about, folder, options
+    self._sources = {split: sources.open_parts(about, split) for split in self.splits}
+
+  def clear_if_other(self) -> None:
+    """Throws away what another source or other options left in the folder."""
+    plan = json.dumps([self._sources['train'].fingerprint, dataclasses.asdict(self._options), self._about], sort_keys=True)
+    file = self._folder / 'plan.json'
+    if not file.is_file() or file.read_text() != plan:
+      for leftover in self._folder.iterdir():
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+      file.write_text(plan)
+
+  def run(self, split: str, workers: int) -> list[dict[str, Any]]:
+    """The notes of all parts of a split, in order; those that are not there are made."""
+    source = self._sources[split]
+    starts = range(0, len(source), writer.RECORDS_PER_SHARD)
+    shards = [f'{split}-{number:05d}.array_record' for number in range(len(starts))]
+    missing = [(start, min(start + writer.RECORDS_PER_SHARD, len(source)), shard)
+               for start, shard in zip(starts, shards, strict=True) if not (self._folder / (shard + _NOTE)).is_file()]
+    done = len(source) - sum(stop - start for start, stop, _ in missing)
+    job = functools.partial(_part, source, self._folder, self._options)
+    with tqdm.tqdm(total=len(source), initial=done, desc=f'preparing {split}', unit=' pairs', mininterval=0.5) as bar:
+      for count in _each(job, missing, workers):
+        bar.update(count)
+    return [json.loads((self._folder / (shard + _NOTE)).read_text()) for shard in shards]
+
+
+def _each(job: Callable, items: list[Any], workers: int) -> Iterator[int]:
+  if workers <= 1 or len(items) < 2:
+    yield from map(job, items)
+    return
+  pool = concurrent.futures.ProcessPoolExecutor(
+      workers, multiprocessing.get_context('spawn'), processes.start_worker, (os.getpid(),))
+  with pool:
+    try:
+      for future in concurrent.futures.as_completed([pool.submit(job, item) for item in items]):
+        yield future.result()
+    except BaseException:
+      pool.shutdown(wait=False, cancel_futures=True)
+      raise
+
+
+def _part(source: sources.Source, folder: pathlib.Path, options: Options, item: tuple[int, int, str]) -> int:
+  """Writes one shard and its note; returns how many records were looked at."""
+  start, stop, shard = item
+  note: dict[str, Any] = {'shard': shard, 'left_out': {}, **{name: [] for name in _COLUMNS}}
+  with _shard_writer(folder / (shard + '.partial')) as file:
+    for index in range(start, stop):
+      try:
+        record, image = _cleaned(source[index], options)
+      except BadRecord as error:
+        note['left_out'][error.reason] = note['left_out'].get(error.reason, 0) + 1
+        continue
+      file.write(records.encode(record))
+      _remember(note, record, image, options.duplicates)
+  note['count'], note['concepts'] = len(note['sides']), sorted(set(note['concepts']))
+  (folder / (shard + '.partial')).replace(folder / shard)
+  _write_whole(folder / (shard + _NOTE), json.dumps(note))
+  return stop - start
+
+
+def _cleaned(record: Record, options: Options) -> tuple[Record, np.ndarray]:
+  """The record as it is stored, and its image uint8 [H, W, 3]. Raises BadRecord."""
+  image = transforms.decode(record.image, options.max_pixels)
+  texts = captions.of_value([captions.clean(text) for text in record.captions])
+  encoded = record.image
+  if options.size and min(image.shape[:2]) > options.size:
+    scale = options.size / min(image.shape[:2])
+    height, width = (max(1, round(side * scale)) for side in image.shape[:2])
+    image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+    encoded = simplejpeg.encode_jpeg(np.ascontiguousarray(image), options.quality)
+  return dataclasses.replace(record, image=encoded, captions=texts), image
+
+
+def _remember(note: dict[str, Any], record: Record, image: np.ndarray, duplicates: str) -> None:
+  note['sides'].append(min(image.shape[:2]))
+  note['words'].append(len(record.captions[0].split()))
+  note['hashes'].append(difference_hash(image) if duplicates == 'similar' else hashlib.sha256(record.image).hexdigest()[:32])
+  if len(note['captions']) < _CAPTIONS_A_PART:
+    note['captions'].append(record.captions[0])
+  if record.concept:
+    note['concepts'].append(record.concept)
+
+
+def difference_hash(image_HxWx3: np.ndarray) -> str:
+  """64 bits, as 16 hexadecimal digits: whether brightness rises from pixel to pixel at 9 x 8.
+
+  N. Krawetz, "Kind of like that" (2013). Flat pictures, of which it would say nothing, have a longer hash of their pixels.
+  """
+  small = cv2.resize(cv2.cvtColor(image_HxWx3, cv2.COLOR_RGB2GRAY), (9, 8), interpolation=cv2.INTER_AREA).astype(np.int16)
+  if np.ptp(small) < 8:
+    return hashlib.sha256(image_HxWx3.tobytes()).hexdigest()
+  return np.packbits(np.diff(small, axis=1) > 0).tobytes().hex()
+
+
+class Seen:
+  """Hashes that were there before: equal ones, and of difference hashes those that differ in 3 bits at most."""
+
+  def __init__(self) -> None:
+    self._whole: set[str] = set()
+    self._bands: dict[tuple[int, str], list[int]] = {}
+
+  def add(self, value: str) -> bool:
+    """Whether `value` is new."""
+    if value in self._whole:
+      return False
+    if len(value) == 16:   # of four bands at least one is equal where 3 bits differ
+      number, bands = int(value, 16), [(band, value[4 * band:4 * band + 4]) for band in range(4)]
+      if any((number ^ other).bit_count() <= 3 for band in bands for other in self._bands.get(band, ())):
+        return False
+      for band in bands:
+        self._bands.setdefault(band, []).append(number)
+    self._whole.add(value)
+    return True
+
+
+def _leave_out_duplicates(folder: pathlib.Path, notes: dict[str, list[dict[str, Any]]], how: str) -> None:
+  """Rewrites the shards that repeat what came before; the first of several stays, those in `train` before all others."""
+  seen = Seen()
+  for note in (note for parts in notes.values() for note in parts) if how != 'keep' else ():
+    keep = [seen.add(value) for value in note['hashes']]
+    if all(keep):
+      continue
+    old = array_record_module.ArrayRecordReader(str(folder / note['shard']))
+    with _shard_writer(folder / (note['shard'] + '.partial')) as file:
+      for index in np.flatnonzero(keep):
+        file.write(old.read([int(index)])[0])
+    old.close()
+    (folder / (note['shard'] + '.partial')).replace(folder / note['shard'])
+    note['left_out']['duplicate'] = note['left_out'].get('duplicate', 0) + keep.count(False)
+    for name in ('hashes', 'sides', 'words'):
+      note[name] = [value for value, kept in zip(note[name], keep, strict=True) if kept]
+    note['count'] = len(note['hashes'])
+    _write_whole(folder / (note['shard'] + _NOTE), json.dumps(note))
+
+
+def captions_of(source: sources.Source, step: int) -> Iterator[str]:
+  """All captions of each `step`-th record, cleaned; what cannot be used is left out."""
+  for index in tqdm.trange(0, len(source), max(1, step), desc='reading captions', mininterval=0.5):
+    try:
+      yield from map(captions.clean, source[index].captions)
+    except BadRecord:
+      continue
+
+
+def _finish(folder: pathlib.Path, about: dict[str, Any], notes: dict[str, list[dict[str, Any]]], options: Options) -> None:
+  """Tokenizer, summary, contact sheet and manifest; the notes are deleted."""
+  texts = [text for note in notes['train'] for text in note['captions']]
+  tokenizer = tokenizers.load(options.tokenizer) if options.tokenizer else tokenizers.train(texts, options.vocab_size)
+  file = f'tokenizer{tokenizer.suffix}'
+  (folder / file).write_bytes(tokenizer.to_bytes())
+  splits = {split: manifest.Split(tuple(note['shard'] for note in parts if note['count']), sum(note['count'] for note in parts))
+            for split, parts in notes.items()}
+  every = [note for parts in notes.values() for note in parts]
+  files = [file, *(shard for split in splits.values() for shard in split.shards)]
+  name = ' + '.join(f'{part["kind"]}:{part["path"]}' for part in about['parts'])
+  contents = manifest.Manifest(
+      name=name, splits=splits, tokenizer=file, image_size=options.size, groups=(), licences={}, packages={},
+      concepts=tuple(sorted({concept for note in every for concept in note['concepts']})),
+      sha256={name: writer.sha256(folder / name) for name in files})
+  (folder / SUMMARY_FILE).write_text(summary(name, splits, every), encoding='utf-8')
+  for leftover in [*(folder / (note['shard'] + _NOTE) for note in every), folder / 'plan.json',
+                   *(folder / note['shard'] for note in every if not note['count'])]:
+    leftover.unlink(missing_ok=True)
+  contents.save(folder)
+  _contact_sheet(ArrayRecordSource(folder, 'train'), folder / SHEET_FILE)
+
+
+def summary(name: str, splits: dict[str, manifest.Split], notes: list[dict[str, Any]]) -> str:
+  """What a person wants to know of a prepared set, as text."""
+  lines = [name, *(f'{split}: {contents.count:,} pairs' for split, contents in splits.items())]
+  left_out = {reason: sum(note['left_out'].get(reason, 0) for note in notes) for reason in REASONS}
+  lines += ['left out:', *(f'  {count:>9,} {reason} ({REASONS[reason]})' for reason, count in left_out.items() if count)]
+  for title, key in (('shorter side, pixels', 'sides'), ('words of the first caption', 'words')):
+    lines += ['', f'{title}:', *_histogram([value for note in notes for value in note[key]])]
+  return '\n'.join(lines) + '\n'
+
+
+def _histogram(values: list[int]) -> Iterator[str]:
+  counts, edges = np.histogram(values, bins=min(10, max(1, len(set(values)))))
+  for count, low, high in zip(counts, edges, edges[1:], strict=False):
+    yield f'  {low:7.0f} to {high:5.0f} {count:>9,} ' + '#' * round(40 * count / max(1, counts.max()))
+
+
+def _contact_sheet(source: sources.Source, file: pathlib.Path) -> None:
+  """Pictures from all over the set."""
+  sheet = np.full((_SHEET * _TILE, _SHEET * _TILE, 3), 255, np.uint8)
+  for place, index in enumerate(np.linspace(0, len(source) - 1, _SHEET ** 2).astype(int)[:len(source)]):
+    row, column = (number * _TILE for number in divmod(place, _SHEET))
+    image = transforms.decode(source[index].image)
+    scale = _TILE / max(image.shape[:2])
+    height, width = (max(1, int(side * scale)) for side in image.shape[:2])
+    sheet[row:row + height, column:column + width] = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+  file.write_bytes(simplejpeg.encode_jpeg(sheet))
+
+
+def _shard_writer(file: pathlib.Path) -> contextlib.closing:
+  return contextlib.closing(array_record_module.ArrayRecordWriter(str(file), writer.WRITER_OPTIONS))
+
+
+def _write_whole(file: pathlib.Path, text: str) -> None:
+  partial = file.with_name(file.name + '.partial')
+  partial.write_text(text)
+  partial.replace(file)

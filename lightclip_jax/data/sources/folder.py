@@ -1,0 +1,50 @@
+"""A folder of images, each with its captions beside it: NAME.jpg and NAME.txt (one caption a line) or NAME.json."""
+import os
+from typing import Any, SupportsIndex
+
+from lightclip_jax.data import captions, indexes
+from lightclip_jax.data.faults import BadRecord
+from lightclip_jax.data.files import Folder
+from lightclip_jax.data.records import Record
+from lightclip_jax.data.sources.spec import Spec
+from lightclip_jax.data.sources.webdataset import IMAGES
+from lightclip_jax.errors import UserError
+
+
+class FolderSource:
+  """Images in the order of their names, subfolders included; the list is made anew by every run."""
+
+  def __init__(self, spec: Spec, fingerprint: str = ''):
+    """`fingerprint`: of a list that is stored already (for workers). Raises UserError without images."""
+    self.spec = spec
+    self._folder = Folder(spec.path)
+    names = [] if fingerprint else self._folder.files(*(f'.{kind}' for kind in IMAGES))
+    if not fingerprint and not names:
+      raise UserError(f'{spec.path!r} has no images ({", ".join(IMAGES)}; links are not followed)')
+    self.fingerprint = fingerprint or indexes.digest(names)
+    self._table = indexes.stored(spec.index, self.fingerprint, lambda: indexes.pack(names))
+
+  def __len__(self) -> int:
+    return len(self._table['name_ends'])
+
+  def name(self, index: int) -> str:
+    """The image's path below the folder."""
+    return indexes.unpack(self._table, index)
+
+  def __getitem__(self, index: SupportsIndex) -> Record:
+    name = self.name(int(index))
+    return Record(name, self._folder.read(name), self._captions(os.path.splitext(name)[0]))
+
+  def _captions(self, stem: str) -> tuple[str, ...]:
+    for suffix, parse in (('.txt', captions.of_lines), ('.json', captions.of_json)):
+      try:
+        data = self._folder.read(stem + suffix)
+      except BadRecord as error:
+        if error.reason == 'missing':
+          continue
+        raise
+      return parse(data)
+    raise BadRecord('no_caption')
+
+  def __reduce__(self) -> tuple[Any, ...]:
+    return FolderSource, (self.spec, self.fingerprint)

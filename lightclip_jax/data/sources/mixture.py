@@ -1,0 +1,53 @@
+"""Several sources as one, and one source as two splits."""
+import bisect
+import itertools
+import operator
+from collections.abc import Sequence
+from typing import Any, SupportsIndex
+
+from lightclip_jax.data import indexes
+from lightclip_jax.data.records import Record
+
+
+class MixtureSource:
+  """The records of several sources, one source after the other; what is drawn from which is the pipeline's affair."""
+
+  def __init__(self, parts: Sequence[Any], weights: tuple[float, ...] = ()):
+    self.parts, self.weights = tuple(parts), weights
+    self.starts = list(itertools.accumulate(map(len, parts), initial=0))
+    self.fingerprint = indexes.digest([[part.fingerprint for part in parts], weights])
+
+  def __len__(self) -> int:
+    return self.starts[-1]
+
+  def name(self, index: int) -> str:
+    """The part's name of the record."""
+    number = bisect.bisect_right(self.starts, index) - 1
+    return self.parts[number].name(index - self.starts[number])
+
+  def __getitem__(self, index: SupportsIndex) -> Record:
+    index = operator.index(index)
+    number = bisect.bisect_right(self.starts, index) - 1
+    return self.parts[number][index - self.starts[number]]
+
+
+class Part:
+  """Each `every`-th record from the first (`heldout`), or all the others."""
+
+  def __init__(self, source: Any, every: int, heldout: bool):
+    self._source, self._every, self._heldout = source, every, heldout
+    self.fingerprint = indexes.digest([source.fingerprint, every, heldout])
+
+  def __len__(self) -> int:
+    heldout = -(-len(self._source) // self._every)
+    return heldout if self._heldout else len(self._source) - heldout
+
+  def _place(self, index: int) -> int:
+    return index * self._every if self._heldout else index + index // (self._every - 1) + 1
+
+  def name(self, index: int) -> str:
+    """The source's."""
+    return self._source.name(self._place(index))
+
+  def __getitem__(self, index: SupportsIndex) -> Record:
+    return self._source[self._place(operator.index(index))]

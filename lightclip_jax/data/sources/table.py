@@ -1,0 +1,162 @@
+"""Tables of image paths and captions: CSV and TSV (open_clip's `filepath` and `title`) and JSON lines.
+
+Only the place of each row is kept; a row is read and parsed when its record is asked for.
+"""
+import csv
+import io
+import json
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO, SupportsIndex
+
+import numpy as np
+
+from lightclip_jax.data import captions, indexes
+from lightclip_jax.data.faults import BadRecord
+from lightclip_jax.data.files import Folder
+from lightclip_jax.data.records import Record
+from lightclip_jax.data.sources.spec import Spec
+from lightclip_jax.errors import UserError
+
+IMAGE_COLUMNS = ('filepath', 'image', 'image_path', 'file_name', 'path')
+CAPTION_COLUMNS = ('title', 'caption', 'captions', 'text')
+
+
+class TableSource:
+  """Rows by number; images are files below the table's folder, or `data.image_root`."""
+
+  def __init__(self, spec: Spec):
+    """Raises UserError if the file or its columns are not there."""
+    self.spec = spec
+    folder, self._file = os.path.split(spec.path)
+    self._folder = Folder(folder or '.')
+    self._images = Folder(spec.image_root) if spec.image_root else self._folder
+    try:
+      stamp = self._folder.stamp(self._file)
+      self._ends = indexes.stored(spec.index, stamp, lambda: {'ends': self._row_ends()})['ends']
+    except (OSError, BadRecord) as error:
+      raise UserError(f'cannot read {spec.path!r}: {error}') from error
+    self.fingerprint = indexes.digest([stamp[:2]])
+    self._open()
+
+  def _open(self) -> None:
+    """Reads what comes before the rows."""
+
+  def _row_ends(self) -> np.ndarray:
+    """int64 [N + 1]: where row i ends is entry i + 1, where it starts entry i."""
+    with self._folder.open(self._file) as opened, io.BufferedReader(opened) as file:
+      return np.array(list(self._ends_of(file)), np.int64)
+
+  def _ends_of(self, file: BinaryIO) -> Iterator[int]:
+    raise NotImplementedError
+
+  def _parse(self, row: bytes) -> tuple[Any, Any]:
+    """Path and caption. Raises BadRecord."""
+    raise NotImplementedError
+
+  def __len__(self) -> int:
+    return max(0, len(self._ends) - 1)
+
+  def name(self, index: int) -> str:
+    """File and number of the row, from 1."""
+    return f'{self._file} row {index + 1}'
+
+  def __getitem__(self, index: SupportsIndex) -> Record:
+    start, end = (int(place) for place in self._ends[int(index):int(index) + 2])
+    path, caption = self._parse(self._folder.read(self._file, start, end - start))
+    if not isinstance(path, str) or not path:
+      raise BadRecord('missing', 'no path')
+    texts = captions.of_value(caption)
+    return Record(f'{int(index)}/{path}', self._images.read(path), texts)
+
+  def __reduce__(self) -> tuple[Any, ...]:
+    return type(self), (self.spec,)
+
+
+class CsvSource(TableSource):
+  """CSV or TSV with a header; the separator is a tab where the header has one."""
+
+  def _open(self) -> None:
+    end = int(self._ends[0]) if len(self._ends) else 0
+    header = self._folder.read(self._file, 0, end).decode('utf-8-sig', 'replace')
+    self._separator = '\t' if '\t' in header else ','
+    try:
+      columns = next(csv.reader(io.StringIO(header, newline=''), delimiter=self._separator), [])
+    except csv.Error as error:
+      raise UserError(f'{self.spec.path!r} has no header that can be read: {error}') from error
+    self._image = _column(columns, self.spec.image_column, IMAGE_COLUMNS, self.spec.path)
+    self._caption = _column(columns, self.spec.caption_column, CAPTION_COLUMNS, self.spec.path)
+
+  def _ends_of(self, file: BinaryIO) -> Iterator[int]:
+    """After each row; the header's end comes first. A row may have line breaks inside quotes."""
+    lines = _Lines(file)
+    separator = '\t' if b'\t' in file.peek(1 << 16).split(b'\n', 1)[0] else ','
+    while True:
+      reader = csv.reader(lines, delimiter=separator)
+      try:
+        for row in reader:
+          if row:
+            yield lines.at
+        return
+      except csv.Error:   # an endless quoted field: that row is lost, the next line is looked at anew
+        yield lines.at
+
+  def _parse(self, row: bytes) -> tuple[Any, Any]:
+    try:
+      rows = csv.reader(io.StringIO(row.decode('utf-8'), newline=''), delimiter=self._separator, strict=True)
+      values = next((values for values in rows if values), [])   # empty lines before it are the row's
+    except UnicodeDecodeError as error:
+      raise BadRecord('bad_caption') from error
+    except csv.Error as error:
+      raise BadRecord('damaged', str(error)) from error
+    if len(values) <= max(self._image, self._caption):
+      raise BadRecord('damaged', f'{len(values)} columns')
+    return values[self._image], values[self._caption]
+
+
+class _Lines:
+  """Lines of a file as text in which every byte survives; `at` is where the next one starts."""
+
+  def __init__(self, file: BinaryIO):
+    self._file, self.at = file, 0
+
+  def __iter__(self) -> Iterator[str]:
+    return self
+
+  def __next__(self) -> str:
+    line = self._file.readline()
+    if not line:
+      raise StopIteration
+    self.at += len(line)
+    return line.decode('latin-1')
+
+
+def _column(columns: list[str], wanted: str, usual: tuple[str, ...], path: str) -> int:
+  for name in (wanted,) if wanted else usual:
+    if name in columns:
+      return columns.index(name)
+  raise UserError(f'{path!r} has no column {wanted or " or ".join(usual)}; it has: {", ".join(columns)[:200]}')
+
+
+class JsonlSource(TableSource):
+  """One JSON object a line; captions may be a list."""
+
+  def _ends_of(self, file: BinaryIO) -> Iterator[int]:
+    yield 0
+    at = 0
+    for line in file:
+      at += len(line)
+      yield at
+
+  def _parse(self, row: bytes) -> tuple[Any, Any]:
+    try:
+      values = json.loads(row.decode('utf-8-sig'))
+    except UnicodeDecodeError as error:
+      raise BadRecord('bad_caption') from error
+    except (ValueError, RecursionError) as error:
+      raise BadRecord('damaged', 'no JSON') from error
+    if not isinstance(values, dict):
+      raise BadRecord('damaged', 'no JSON object')
+    take: Callable[[str, tuple[str, ...]], Any] = lambda wanted, usual: next(  # noqa: E731
+        (values[name] for name in ((wanted,) if wanted else usual) if name in values), None)
+    return take(self.spec.image_column, IMAGE_COLUMNS), take(self.spec.caption_column, CAPTION_COLUMNS)

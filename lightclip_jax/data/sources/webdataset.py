@@ -1,0 +1,201 @@
+"""WebDataset tar files in img2dataset's layout (KEY.jpg beside KEY.txt or KEY.json), read at random through an index.
+
+A tar is walked header by header, once; nothing of it is unpacked, and no name in it is ever used as a path.
+"""
+from collections.abc import Iterator
+from typing import Any, BinaryIO, NamedTuple, SupportsIndex
+
+import numpy as np
+import tqdm
+
+from lightclip_jax.data import captions, files, indexes
+from lightclip_jax.data.faults import REASONS, BadRecord
+from lightclip_jax.data.records import Record
+from lightclip_jax.data.sources.spec import Spec
+from lightclip_jax.errors import UserError
+
+IMAGES = ('jpg', 'jpeg', 'png', 'webp', 'gif', 'bmp', 'tif', 'tiff')
+_CAPTIONS = ('txt', 'json')    # the first that a sample has
+_BLOCK = 512
+_MAX_HEADER_DATA = 1 << 20     # of a long name; more is an attack or noise
+_GOOD = -1
+_ROW = np.dtype([('tar', np.int32), ('image_at', np.int64), ('image_size', np.int64), ('caption_at', np.int64),
+                 ('caption_size', np.int64), ('caption_kind', np.int8), ('fault', np.int8)])
+
+
+class Member(NamedTuple):
+  """A file in a tar; `fault` is a reason why it cannot be used, or ''."""
+  name: str
+  at: int
+  size: int
+  fault: str = ''
+
+
+class WebDatasetSource:
+  """Random access by position over all tar files of a folder (or one tar); safe to read from threads."""
+
+  def __init__(self, spec: Spec):
+    """Builds the index where there is none for the tars as they are; raises UserError without tars."""
+    self.spec = spec
+    self._folder, self._tars = files.shards(spec.path, '.tar')
+    try:
+      stamps = [self._folder.stamp(tar) for tar in self._tars]
+    except (OSError, BadRecord) as error:
+      raise UserError(f'cannot read {spec.path!r}: {error}') from error
+    self._table = indexes.stored(f'{spec.index}/all', stamps, lambda: self._build(stamps))
+    self._rows = self._table['rows']
+    self.fingerprint = indexes.digest([stamp[:2] for stamp in stamps])
+
+  def _build(self, stamps: list[tuple[str, int, str]]) -> indexes.Table:
+    tables = []
+    for number, stamp in enumerate(tqdm.tqdm(stamps, 'indexing', unit=' tar', disable=None, leave=False)):
+      table = indexes.stored(f'{self.spec.index}/tar-{indexes.digest(stamp[0])}', stamp, lambda s=stamp: self._build_one(s))
+      rows = np.array(table['rows'])
+      rows['tar'] = number
+      tables.append({**table, 'rows': rows})
+    return indexes.joined(tables)
+
+  def _build_one(self, stamp: tuple[str, int, str]) -> indexes.Table:
+    with self._folder.open(stamp[0]) as file:
+      samples = list(_samples(walk(file, stamp[1])))
+    rows = np.array([(0, *row) for _, row in samples], _ROW) if samples else np.zeros(0, _ROW)
+    return {'rows': rows, **indexes.pack([key for key, _ in samples])}
+
+  def __len__(self) -> int:
+    return len(self._rows)
+
+  def name(self, index: int) -> str:
+    """Tar and key."""
+    return f'{self._tars[self._rows[index]["tar"]]}/{indexes.unpack(self._table, index)}'
+
+  def __getitem__(self, index: SupportsIndex) -> Record:
+    row = self._rows[index]
+    if row['fault'] != _GOOD:
+      raise BadRecord(list(REASONS)[row['fault']])
+    with self._folder.open(self._tars[row['tar']]) as file:
+      image = _part(file, row['image_at'], row['image_size'])
+      text = _part(file, row['caption_at'], row['caption_size'])
+    parse = captions.of_json if _CAPTIONS[row['caption_kind']] == 'json' else captions.of_lines
+    return Record(self.name(index), image, parse(text))
+
+  def __reduce__(self) -> tuple[Any, ...]:
+    return WebDatasetSource, (self.spec,)
+
+
+def _part(file: BinaryIO, at: int, size: int) -> bytes:
+  file.seek(int(at))
+  data = file.read(int(size))
+  if len(data) != size:
+    raise BadRecord('damaged', 'the tar is shorter than when it was indexed')
+  return data
+
+
+def _samples(members: Iterator[Member]) -> Iterator[tuple[str, tuple[int, ...]]]:
+  """(key, row) in the order of the keys' first members; what is there twice or lacks a half is a row with a fault."""
+  groups: dict[str, dict[str, Member]] = {}
+  faulty = []
+  for member in members:
+    folder, slash, base = member.name.rpartition('/')
+    stem, _, extension = base.partition('.')
+    key, extension = folder + slash + stem, extension.lower()
+    if member.fault == 'damaged':
+      faulty.append((member.name, _row(fault='damaged')))
+    elif extension in IMAGES + _CAPTIONS:
+      kind = 'image' if extension in IMAGES else extension
+      if kind in (group := groups.setdefault(key, {})):
+        if kind == 'image':   # a repeated caption is the same record's
+          faulty.append((key, _row(fault='duplicate')))
+      else:
+        group[kind] = member
+  for key, group in groups.items():
+    yield key, _sample(group)
+  yield from faulty
+
+
+def _sample(group: dict[str, Member]) -> tuple[int, ...]:
+  caption = next((kind for kind in _CAPTIONS if kind in group), None)
+  fault = next((member.fault for member in group.values() if member.fault), '')
+  if fault or 'image' not in group or not caption:
+    return _row(fault=fault or ('no_caption' if 'image' in group else 'missing'))
+  image, text = group['image'], group[caption]
+  return _row(image.at, image.size, text.at, text.size, _CAPTIONS.index(caption))
+
+
+def _row(image_at: int = 0, image_size: int = 0, caption_at: int = 0, caption_size: int = 0, caption_kind: int = 0,
+         fault: str = '') -> tuple[int, ...]:
+  return image_at, image_size, caption_at, caption_size, caption_kind, list(REASONS).index(fault) if fault else _GOOD
+
+
+def walk(file: BinaryIO, size: int) -> Iterator[Member]:
+  """The members of a tar (ustar, GNU or pax) of `size` bytes that are files or links, read by their headers alone.
+
+  A link has the fault 'outside'; where the archive is cut off or no header, one member has 'damaged', and it ends.
+  """
+  at, renamed = 0, {}
+  while at + _BLOCK <= size:
+    file.seek(at)
+    header = file.read(_BLOCK)
+    if not header.strip(b'\0'):
+      return
+    length, kind = _number(header[124:136]), header[156:157]
+    if not _is_header(header) or length is None or (kind in b'LKxg' and length > _MAX_HEADER_DATA):
+      yield Member(f'byte {at}', at, 0, 'damaged')
+      return
+    data_at, name = at + _BLOCK, _name(header)
+    if kind in b'Lx':
+      renamed |= _extended(kind, file.read(length))
+    elif kind not in b'Kg':
+      name, length = renamed.get('path', name), _pax_size(renamed, length)
+      renamed = {}
+      if kind in b'0\x007' and data_at + length <= size:
+        yield Member(name, data_at, length)
+      elif kind in b'12':
+        yield Member(name, data_at, 0, 'outside')
+        length = 0
+      elif data_at + length > size:
+        yield Member(name, data_at, 0, 'damaged')
+        return
+    at = data_at + -(-length // _BLOCK) * _BLOCK
+  if at < size:
+    yield Member(f'byte {at}', at, 0, 'damaged')
+
+
+def _name(header: bytes) -> str:
+  prefix = header[345:500].split(b'\0', 1)[0] if header[257:263] == b'ustar\0' else b''
+  name = header[:100].split(b'\0', 1)[0]
+  return (prefix + b'/' + name if prefix else name).decode('utf-8', 'surrogateescape')
+
+
+def _is_header(header: bytes) -> bool:
+  return _number(header[148:156]) == sum(header) - sum(header[148:156]) + 8 * ord(' ')
+
+
+def _number(field: bytes) -> int | None:
+  """Octal text, or (GNU, for 8 GiB and more) binary after a first byte of 128; None if it is neither."""
+  if field[:1] == b'\x80':
+    return int.from_bytes(field[1:], 'big')
+  text = field.strip(b' \0')
+  try:
+    return int(text, 8) if text.isdigit() or not text else None
+  except ValueError:
+    return None
+
+
+def _extended(kind: bytes, data: bytes) -> dict[str, str]:
+  """What a GNU long name (L) or pax header (x) says about the next member."""
+  if kind == b'L':
+    return {'path': data.split(b'\0', 1)[0].decode('utf-8', 'surrogateescape')}
+  out, at = {}, 0
+  while at < len(data):
+    length, space, _ = data[at:at + 20].partition(b' ')
+    if not space or not length.isdigit() or not int(length):
+      break
+    key, _, value = data[at + len(length) + 1:at + int(length) - 1].decode('utf-8', 'surrogateescape').partition('=')
+    out[key] = value
+    at += int(length)
+  return {key: out[key] for key in ('path', 'size') if key in out}
+
+
+def _pax_size(renamed: dict[str, str], length: int) -> int:
+  value = renamed.get('size', '')
+  return int(value) if value.isascii() and value.isdigit() and len(value) < 20 else length

@@ -1,0 +1,124 @@
+"""`prepare` of other formats: what is kept, what is left out and counted, and that it goes on where it was stopped."""
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import source_files
+
+from lightclip_jax import prepare
+from lightclip_jax.data import captions, convert, manifest, pipeline, sources, tokenizers, transforms, writer
+from lightclip_jax.data.faults import BadRecord
+from lightclip_jax.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+  monkeypatch.setenv('LIGHTCLIP_DATA', str(tmp_path / 'cache'))
+  monkeypatch.setattr(writer, 'RECORDS_PER_SHARD', 8)
+  (tmp_path / 'in').mkdir()
+
+
+def _rows():
+  rows = [(key, image, f'a  thing &amp;amp; {key}\u0007') for key, image, _ in source_files.pairs(20)]
+  return [*rows, ('copy', rows[3][1], 'a copy'), ('broken', rows[4][1][:300], 'broken'), ('silent', rows[5][1], ' ')]
+
+
+def _prepare(tmp_path, *flags, kind='webdataset', out='out'):
+  path = source_files.WRITERS[kind](tmp_path / 'in', _rows()).partition(':')[2]
+  prepare.main(prepare.parse([kind, path, f'--out={tmp_path / out}', '--vocab_size=80', *flags]))
+  return tmp_path / out
+
+
+def test_what_is_kept_and_what_is_counted(tmp_path, capsys):
+  out = _prepare(tmp_path, '--holdout_every=4', '--size=16', '--processes=1')
+  made = manifest.load(out)
+  assert sum(split.count for split in made.splits.values()) == 20 and made.splits['heldout'].count >= 5
+  records = [r for split in made.splits for r in pipeline.evaluation_records(out, split)]
+  assert {r.captions[0] for r in records} >= {f'a thing & {i:04d}' for i in range(20) if i != 3}
+  assert {min(transforms.decode(r.image).shape[:2]) for r in records} == {16}
+  said = capsys.readouterr().out
+  for line in ('1 truncated', '1 no_caption', '1 duplicate'):
+    assert line in said and line in (out / 'summary.txt').read_text()
+  assert transforms.decode((out / 'contact_sheet.jpg').read_bytes()).shape == (768, 768, 3)
+  assert sorted(file.suffix for file in out.iterdir()) == sorted(
+      ['.json', '.model', '.txt', '.jpg', *['.array_record'] * sum(len(s.shards) for s in made.splits.values())])
+  options = dataclasses.replace(prepare.configs.Data(), workers=0)
+  next(batches := pipeline.train_batches(out, options, image_size=8, context=8, batch_size=4, seed=0))
+  batches.close()
+
+
+def test_several_processes_make_the_same_files(tmp_path):
+  one, two = _prepare(tmp_path, '--processes=1'), None
+  (tmp_path / 'in').rename(tmp_path / 'before')
+  (tmp_path / 'in').mkdir()
+  two = _prepare(tmp_path, '--processes=2', out='two')
+  assert manifest.load(one).sha256 == manifest.load(two).sha256
+
+
+def test_an_interrupted_preparation_goes_on(tmp_path, monkeypatch):
+  real, made = convert._part, []
+
+  def stops(source, folder, options, item):
+    if len(made) == 2:
+      raise KeyboardInterrupt
+    made.append(item)
+    return real(source, folder, options, item)
+
+  monkeypatch.setattr(convert, '_part', stops)
+  with pytest.raises(KeyboardInterrupt):
+    _prepare(tmp_path, '--processes=1')
+  assert not (tmp_path / 'out').exists()
+  again = []
+  monkeypatch.setattr(convert, '_part', lambda *args: again.append(args[-1]) or real(*args))
+  (tmp_path / 'in').rename(tmp_path / 'kept')
+  (tmp_path / 'in').mkdir()
+  for file in (tmp_path / 'kept').iterdir():
+    file.rename(tmp_path / 'in' / file.name)
+  prepare.main(prepare.parse(['webdataset', str(tmp_path / 'in'), f'--out={tmp_path / "out"}', '--vocab_size=80',
+                              '--processes=1']))
+  assert len(again) == 1 and again[0] not in made and manifest.load(tmp_path / 'out').splits['train'].count == 20
+
+
+def test_similar_pictures_are_one():
+  image = transforms.decode(source_files.jpeg(1, (200, 150)))
+  other = transforms.decode(source_files.jpeg(2, (200, 150)))
+  small = transforms.decode(source_files.jpeg(1, (100, 75)))
+  seen = convert.Seen()
+  assert [seen.add(convert.difference_hash(i)) for i in (image, other, small, image)] == [True, True, False, False]
+  white, black = (np.full((9, 9, 3), value, np.uint8) for value in (255, 0))
+  assert [seen.add(convert.difference_hash(i)) for i in (white, black, white)] == [True, True, False]
+
+
+@pytest.mark.parametrize('bits', [3, 4])
+def test_seen_tells_three_bits_from_four(bits):
+  random = np.random.default_rng(0)
+  for _ in range(100):
+    value, flips = int(random.integers(1 << 62)), random.choice(62, bits, replace=False)
+    seen = convert.Seen()
+    assert seen.add(f'{value:016x}')
+    assert seen.add(f'{value ^ sum(1 << int(bit) for bit in flips):016x}') == (bits == 4)
+
+
+def test_a_tokenizer_of_a_source(tmp_path, capsys):
+  name = source_files.write_tars(tmp_path / 'in', _rows())
+  prepare.main(prepare.parse(['tokenizer', name, f'--out={tmp_path / "t.model"}', '--vocab_size=80']))
+  tokenizer = tokenizers.load(tmp_path / 't.model')
+  assert f'vocab_size={tokenizer.vocab_size}' in capsys.readouterr().out
+  assert tokenizer.decode(tokenizer.encode(['a thing & 0001'], 40)[0]) == 'a thing & 0001'
+  with pytest.raises(UserError, match='ends with .model'):
+    prepare.main(prepare.parse(['tokenizer', name, '--out=x']))
+
+
+@pytest.mark.parametrize(('value', 'said'), [(['a', None, ' '], ('a',)), ('  x ', ('x',)), (b'\xff', 'bad_caption'),
+                                             (3, 'bad_caption'), ([], 'no_caption'), (None, 'no_caption')])
+def test_captions_of_values(value, said):
+  try:
+    assert captions.of_value(value) == said
+  except BadRecord as error:
+    assert error.reason == said
+
+
+def test_every_kind_of_source_can_be_prepared():
+  assert set(sources.SOURCES) - {'array_record'} <= set(prepare.KINDS)
+  assert json.dumps(sources.Spec('csv', 'x').json())

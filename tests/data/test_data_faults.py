@@ -1,0 +1,282 @@
+"""Bad records are left out, counted by reason, named and replaced; nothing that anyone may have written ends a run."""
+import io
+import itertools
+import json
+import os
+import struct
+import tarfile
+import zlib
+
+import numpy as np
+import PIL.Image
+import pyarrow
+import pyarrow.parquet
+import pytest
+import source_files
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lightclip_jax import config
+from lightclip_jax.data import datasets, faults, pipeline, sources, tokenizers, transforms
+from lightclip_jax.data.faults import BadRecord
+from lightclip_jax.errors import UserError
+
+GOOD = 20
+EXAMPLES = int(os.environ.get('LIGHTCLIP_FUZZ', '60'))   # of each format; a large number for a night
+fuzzed = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def _bomb(width=60_000, height=60_000):
+  """A PNG whose header promises more pixels than anyone wants."""
+  def chunk(kind, data):
+    return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+  header = struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)
+  return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header) + chunk(b'IDAT', zlib.compress(b'0')) + chunk(b'IEND', b'')
+
+
+def _png(number):
+  out = io.BytesIO()
+  PIL.Image.open(io.BytesIO(source_files.jpeg(number))).save(out, 'PNG')
+  return out.getvalue()
+
+
+def bad_pairs():
+  """(reason, image, caption as bytes): 40 of them."""
+  good, text = source_files.jpeg(0), b'a caption'
+  return ([('empty', b'', text)] * 5
+          + [('not_image', data, text) for data in (b'hello', b'<html></html>', b'%PDF-1.4', bytes(100), b'RIFF....WAVE')]
+          + [('truncated', good[:len(good) * part // 10], text) for part in range(2, 10)]
+          + [('truncated', _png(1)[:-part], text) for part in (40, 60, 100, 200)]
+          + [('oversized', _bomb(), text)] * 5
+          + [('no_caption', good, caption) for caption in (b'', b' ', b'\n', b'\n \t\n', b'\xef\xbb\xbf')]
+          + [('bad_caption', good, bytes([60 + i, 0xff, 0xfe])) for i in range(8)])
+
+
+def _tar(folder, rows):
+  with tarfile.open(folder / 'x.tar', 'w') as tar:
+    for number, (_, image, caption) in enumerate(rows):
+      source_files.add(tar, f'{number:04d}.jpg', image)
+      source_files.add(tar, f'{number:04d}.txt', caption)
+  return f'webdataset:{folder}'
+
+
+def _folder(folder, rows):
+  for number, (_, image, caption) in enumerate(rows):
+    (folder / f'{number:04d}.jpg').write_bytes(image)
+    (folder / f'{number:04d}.txt').write_bytes(caption)
+  return f'folder:{folder}'
+
+
+def _csv(folder, rows):
+  lines = [b'filepath,title']
+  for number, (_, image, caption) in enumerate(rows):
+    (folder / f'{number:04d}.jpg').write_bytes(image)
+    lines.append(b'%04d.jpg,"%s"' % (number, caption.replace(b'\xef\xbb\xbf', b'').replace(b'"', b'""')))
+  (folder / 'x.csv').write_bytes(b'\n'.join(lines))
+  return f'csv:{folder}/x.csv'
+
+
+def _jsonl(folder, rows):
+  lines = []
+  for number, (_, image, caption) in enumerate(rows):
+    (folder / f'{number:04d}.jpg').write_bytes(image)
+    for plain, escaped in ((b'\xef\xbb\xbf', b''), (b'\n', b'\\n'), (b'\t', b'\\t'), (b'"', b'\\"')):
+      caption = caption.replace(plain, escaped)
+    lines.append(b'{"filepath": "%04d.jpg", "title": "%s"}' % (number, caption))
+  (folder / 'x.jsonl').write_bytes(b'\n'.join(lines))
+  return f'jsonl:{folder}/x.jsonl'
+
+
+def _parquet(folder, rows):
+  table = pyarrow.table({'image': [{'bytes': image, 'path': None} for _, image, _ in rows],
+                         'caption': pyarrow.array([c.replace(b'\xef\xbb\xbf', b'') for _, _, c in rows], pyarrow.binary())})
+  pyarrow.parquet.write_table(table, folder / 'x.parquet', row_group_size=16)
+  return f'parquet:{folder}/x.parquet'
+
+
+@pytest.fixture(scope='module')
+def options(tmp_path_factory):
+  root = tmp_path_factory.mktemp('faults')
+  (root / 't.model').write_bytes(tokenizers.train([text for _, _, text in source_files.pairs(GOOD)], 60).to_bytes())
+  before, os.environ['LIGHTCLIP_DATA'] = os.environ['LIGHTCLIP_DATA'], str(root / 'cache')
+  yield config.replace(config.Data(), tokenizer=str(root / 't.model'), workers=0, max_masked=3, max_faults=1.0)
+  os.environ['LIGHTCLIP_DATA'] = before
+
+
+def _batches(name, options, **more):
+  return pipeline.train_batches(datasets.resolve(name, options), options, image_size=16, context=12, seed=0,
+                                **{'batch_size': 12, **more})
+
+
+@pytest.mark.parametrize('write', [_tar, _folder, _csv, _jsonl, _parquet])
+def test_training_over_the_corpus_counts_exactly(write, tmp_path, options, capfd):
+  bad = bad_pairs()
+  rows = [('', image, text.encode()) for _, image, text in source_files.pairs(GOOD)] + bad
+  assert len(rows) == 60 and len(bad) == 40
+  name = write(tmp_path, rows)
+  batches = _batches(name, options)
+  ids = []
+  for _ in range(5):   # one epoch
+    batch = next(batches)
+    assert batch['image'].shape == (12, 16, 16, 3) and 'faults' not in batch
+    ids.extend(batch['example_id'].tolist())
+  assert set(ids) == set(range(GOOD))                       # every good record was seen, and nothing else
+  # Each bad record was met once in its own place; those that replacements met too can be told by their places.
+  met = {reason: 0 for reason in faults.REASONS}
+  dataset = pipeline.train_dataset(datasets.resolve(name, options), options, image_size=16, context=12, batch_size=12, seed=0)
+  left_out = np.concatenate([b['faults'] for b in itertools.islice(dataset, 5)])
+  assert sorted(left_out[:, 0, 0][left_out[:, 0, 1] > 0].tolist()) == list(range(GOOD, 60))
+  for record, _ in left_out[left_out[..., 1] > 0]:
+    met[rows[record][0]] += 1
+  assert batches.faults() == {reason: count for reason, count in met.items() if count}
+  counts_before = batches.faults()
+  named = [line for line in capfd.readouterr().err.splitlines() if line.startswith('left out ')]
+  assert 30 <= len(named) <= 6 * 7 < sum(counts_before.values())   # five of a reason, then at 10 and 100
+  state = json.loads(json.dumps(batches.state()))
+  after = list(itertools.islice(batches, 3))
+  counts = batches.faults()
+  batches.close()
+  again = _batches(name, options)
+  again.restore(state)
+  for one, two in zip(after, itertools.islice(again, 3), strict=True):
+    for name in one:
+      np.testing.assert_array_equal(one[name], two[name])
+  assert again.faults() == counts
+  again.close()
+
+
+def test_above_the_limit_a_run_stops_with_one_line(tmp_path, options):
+  rows = [('', image, text.encode()) for _, image, text in source_files.pairs(GOOD)] + bad_pairs()
+  batches = _batches(_tar(tmp_path, rows), config.replace(options, max_faults=0.05))
+  with pytest.raises(UserError, match=r'of [\d,]+ records cannot be used \(.*truncated.*data.max_faults is 0.05') as error:
+    for _ in range(10):
+      next(batches)
+  assert '\n' not in str(error.value)
+  batches.close()
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_nothing_but_bad_records_is_one_line(tmp_path, options, workers):
+  batches = _batches(_folder(tmp_path, [('empty', b'', b'x')] * 30), config.replace(options, workers=workers))
+  with pytest.raises(UserError, match='16 records in a row cannot be used; the first was 00'):
+    next(batches)
+  batches.close()
+
+
+def _reasons(source):
+  out = []
+  for index in range(len(source)):
+    try:
+      record = source[index]
+      transforms.decode(record.image)
+      out.append('good')
+    except BadRecord as error:
+      assert source.name(index)
+      out.append(error.reason)
+  return out
+
+
+def _open(kind, path, tmp_path):
+  return sources.SOURCES[kind](sources.Spec(kind, str(path), index=str(tmp_path / 'index')))
+
+
+def test_what_is_wrong_with_tars(tmp_path):
+  with tarfile.open(tmp_path / 'x.tar', 'w') as tar:
+    for key, image, text in source_files.pairs(3):
+      source_files.add(tar, f'{key}.jpg', image)
+      source_files.add(tar, f'{key}.txt', text.encode())
+    source_files.add(tar, '0001.jpg', b'again')
+    source_files.add(tar, 'alone.png', _png(1))
+    source_files.add(tar, 'silent.txt', b'no image')
+    for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE):
+      source_files.add(tar, f'link{kind[0]}.jpg', b'', type=kind, linkname='/etc/passwd')
+      source_files.add(tar, f'link{kind[0]}.txt', b'out')
+    source_files.add(tar, 'broken.jpg', source_files.jpeg(9))
+    source_files.add(tar, 'broken.json', b'{"caption": ')
+    source_files.add(tar, 'last.jpg', source_files.jpeg(7) + bytes(60_000))
+  expected = ['good'] * 3 + ['no_caption', 'missing', 'outside', 'outside', 'damaged']
+  whole = (tmp_path / 'x.tar').read_bytes()
+  assert sorted(_reasons(_open('webdataset', tmp_path, tmp_path))) == sorted([*expected, 'duplicate', 'no_caption'])
+  (tmp_path / 'x.tar').write_bytes(whole[:-40_000])
+  assert sorted(_reasons(_open('webdataset', tmp_path, tmp_path))) == sorted([*expected, 'duplicate', 'damaged'])
+  (tmp_path / 'x.tar').write_bytes(b'no tar at all' * 100)
+  assert _reasons(_open('webdataset', tmp_path, tmp_path)) == ['damaged']
+  (tmp_path / 'x.tar').write_bytes(b'')
+  assert _reasons(_open('webdataset', tmp_path, tmp_path)) == []
+
+
+def test_what_is_wrong_with_tables(tmp_path):
+  (tmp_path / 'a.jpg').write_bytes(source_files.jpeg(1))
+  os.mkfifo(tmp_path / 'pipe.jpg')
+  (tmp_path / 'x.csv').write_bytes(b'filepath,title,more\r\na.jpg,"two\r\nlines",1\r\na.jpg\r\nb.jpg,lost,1\r\n'
+                                   b'pipe.jpg,never opened,1\r\n\x00,zero,1\r\n,no path,1\r\na.jpg,"open quote,1\r\n')
+  source = _open('csv', tmp_path / 'x.csv', tmp_path)
+  assert source[0].captions == ('two\r\nlines',)
+  assert _reasons(source) == ['good', 'damaged', 'missing', 'missing', 'missing', 'missing', 'damaged']
+  (tmp_path / 'x.jsonl').write_bytes(b'{"filepath": "a.jpg", "title": ["x", null, "y"]}\n[]\n{\n\n'
+                                     b'{"filepath": 3, "title": "x"}\n'
+                                     b'{"filepath": "a.jpg", "title": "\\ud800"}\n{"filepath": "a.jpg", "title": 7}\n'
+                                     + b'[' * 100_000)
+  assert _open('jsonl', tmp_path / 'x.jsonl', tmp_path)[0].captions == ('x', 'y')
+  assert _reasons(_open('jsonl', tmp_path / 'x.jsonl', tmp_path)) == [
+      'good', 'damaged', 'damaged', 'damaged', 'missing', 'bad_caption', 'bad_caption', 'damaged']
+
+
+# A change of a file: some bytes written over others, or a cut.
+_edits = st.lists(st.tuples(st.floats(0, 1), st.binary(min_size=0, max_size=6)), min_size=1, max_size=6)
+
+
+def _mutated(data, edits):
+  data = bytearray(data)
+  for place, new in edits:
+    at = int(place * len(data))
+    if new:
+      data[at:at + len(new)] = new
+    else:
+      del data[at:]
+  return bytes(data)
+
+
+@pytest.fixture(scope='module', params=['webdataset', 'csv', 'jsonl', 'parquet'])
+def seed_files(request, tmp_path_factory):
+  folder = tmp_path_factory.mktemp('seed')
+  source_files.WRITERS[request.param](folder, source_files.pairs(4))
+  file = next(file for file in sorted(folder.iterdir()) if file.is_file())
+  return request.param, file, file.read_bytes()
+
+
+@fuzzed
+@given(edits=_edits)
+def test_mutated_files_are_clean_skips_or_one_line(seed_files, tmp_path, edits):
+  kind, file, data = seed_files
+  file.write_bytes(_mutated(data, edits))
+  try:
+    path = file.parent if kind == 'webdataset' else file
+    assert set(_reasons(_open(kind, path, tmp_path))) <= {'good', *faults.REASONS}
+  except UserError as error:
+    assert '\n' not in str(error)
+
+
+def _encodings():
+  image = PIL.Image.open(io.BytesIO(source_files.jpeg(3)))
+  out = []
+  for kind, options in (('JPEG', {}), ('JPEG', {'progressive': True}), ('PNG', {}), ('WEBP', {}), ('WEBP', {'lossless': True}),
+                        ('GIF', {}), ('BMP', {}), ('TIFF', {})):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    out.append(file.getvalue())
+  return out
+
+
+@settings(fuzzed, max_examples=3 * EXAMPLES)
+@given(data=st.sampled_from(_encodings()), edits=_edits, seed=st.integers(0, 99))
+def test_mutated_images_are_images_or_bad_records(data, edits, seed):
+  data = _mutated(data, edits)
+  for read in (lambda: transforms.decode(data, 1 << 20),
+               lambda: transforms.decode_crop(data, 8, np.random.default_rng(seed), scale=(0.3, 1), ratio=(0.7, 1.4),
+                                              max_pixels=1 << 20)):
+    try:
+      image = read()
+      assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
+    except BadRecord as error:
+      assert error.reason in ('empty', 'not_image', 'truncated', 'oversized')

@@ -1,0 +1,270 @@
+"""Every format gives the same records, in an order that only the seed decides, and goes on where it stopped."""
+import itertools
+import json
+import os
+import pickle
+import tarfile
+
+import grain
+import numpy as np
+import pytest
+import source_files
+
+from lightclip_jax import config
+from lightclip_jax.data import datasets, manifest, pipeline, sources, tokenizers
+from lightclip_jax.data.faults import BadRecord
+from lightclip_jax.errors import UserError
+
+COUNT = 23
+
+
+@pytest.fixture(scope='module')
+def made(tmp_path_factory):
+  """kind -> its name as `data.dataset`, and the options to open it with."""
+  root = tmp_path_factory.mktemp('sources')
+  tokenizer = tokenizers.train([text for _, _, text in source_files.pairs(COUNT)], 60)
+  (root / 'tokenizer.model').write_bytes(tokenizer.to_bytes())
+  names = {}
+  for kind, write in source_files.WRITERS.items():
+    (root / kind).mkdir()
+    names[kind] = write(root / kind, source_files.pairs(COUNT))
+  options = config.replace(config.Data(), tokenizer=str(root / 'tokenizer.model'), workers=0, max_masked=3)
+  before, os.environ['LIGHTCLIP_DATA'] = os.environ['LIGHTCLIP_DATA'], str(root / 'cache')
+  yield names, options
+  os.environ['LIGHTCLIP_DATA'] = before
+
+
+def _batches(made, kind, workers=0, batch_size=8, seed=1, options=None, **more):
+  names, own = made
+  own = config.replace(options or own, workers=workers)
+  folder = datasets.resolve(names.get(kind, kind), own)
+  return pipeline.train_batches(folder, own, image_size=16, context=20, batch_size=batch_size, seed=seed, **more)
+
+
+def _take(batches, count):
+  out = list(itertools.islice(batches, count))
+  batches.close()
+  return out
+
+
+def _assert_equal(got, expected):
+  for a, b in zip(got, expected, strict=True):
+    assert a.keys() == b.keys()
+    for name in a:
+      np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+@pytest.mark.parametrize('kind', source_files.WRITERS)
+def test_records_are_what_was_written(made, kind):
+  names, options = made
+  source = sources.open_split(datasets.resolve(names[kind], options), 'train')
+  got = {(record.image, record.captions) for record in map(source.__getitem__, range(len(source)))}
+  assert got == {(image, (text,)) for _, image, text in source_files.pairs(COUNT)} and len(source) == COUNT
+  assert len({source.name(i) for i in range(COUNT)}) == COUNT
+  again = pickle.loads(pickle.dumps(source))
+  assert again.fingerprint == source.fingerprint and again[COUNT - 1] == source[COUNT - 1]
+
+
+@pytest.mark.parametrize('kind', [*source_files.WRITERS, 'mixture'])
+def test_order_resume_hosts_and_epochs(made, kind):
+  names, options = made
+  if kind == 'mixture':
+    kind, options = f'{names["csv"]} + {names["webdataset"]}', config.replace(options, weights=(3.0, 1.0))
+  whole = _take(_batches(made, kind, options=options), 12)
+  ids = np.concatenate([batch['example_id'] for batch in whole])
+  if ' + ' not in kind:
+    for epoch in range(4):
+      np.testing.assert_array_equal(np.sort(ids[epoch * COUNT:(epoch + 1) * COUNT]), np.arange(COUNT))
+  else:
+    assert abs(np.mean(ids < COUNT) - 0.75) < 0.02
+    np.testing.assert_array_equal(np.sort(ids[ids < COUNT][:COUNT]), np.arange(COUNT))   # its own epochs
+    np.testing.assert_array_equal(np.sort(ids[ids >= COUNT][:COUNT]), np.arange(COUNT, 2 * COUNT))
+  first = _batches(made, kind, options=options)
+  for _ in range(5):
+    next(first)
+  state = json.loads(json.dumps(first.state()))
+  first.close()
+  halves = []
+  for host in range(2):
+    half = _batches(made, kind, options=options, process_index=host, process_count=2)
+    half.restore(state)
+    halves.append(_take(half, 4))
+  joined = [{name: np.concatenate([a[name], b[name]]) for name in a} for a, b in zip(*halves, strict=True)]
+  _assert_equal(joined, whole[5:9])
+
+
+class _Few(grain.MapDataset):
+
+  def __len__(self):
+    return 3
+
+  def __getitem__(self, index):
+    return self._parent[index]
+
+
+@pytest.mark.parametrize('kind', [*source_files.WRITERS, 'mixture'])
+def test_grain_checkpoints(made, kind):
+  names, options = made
+  if kind == 'mixture':
+    kind, options = f'{names["jsonl"]} + {names["folder"]}', config.replace(options, weights=(1.0, 2.0))
+  folder = datasets.resolve(names.get(kind, kind), options)
+  source = sources.open_split(folder, 'train')
+  example = pipeline._Example(source, pipeline.load_tokenizer(folder), options, 16, 20, 1)
+  dataset = _Few(pipeline._order(source, 1).map(example).batch(4)).to_iter_dataset(grain.ReadOptions(num_threads=2))
+  grain.experimental.assert_equal_output_after_checkpoint(dataset)
+
+
+def test_workers_do_not_matter(made):
+  names, options = made
+  kind = ' + '.join(names[kind] for kind in source_files.WRITERS)   # all of them cross the border to a process
+  whole = _take(_batches(made, kind), 6)
+  for workers in (1, 2):
+    _assert_equal(_take(_batches(made, kind, workers=workers), 6), whole)
+  assert {int(i) // COUNT for batch in whole for i in batch['example_id']} == set(range(len(source_files.WRITERS)))
+
+
+def test_holdout_and_evaluation(made):
+  names, options = made
+  options = config.replace(options, holdout_every=5)
+  folder = datasets.resolve(names['webdataset'], options)
+  splits = {split: [r.key for r in map(sources.open_split(folder, split).__getitem__, range(count.count))]
+            for split, count in manifest.load(folder).splits.items()}
+  assert len(splits['heldout']) == 5 and len(splits['train']) == COUNT - 5
+  assert len(set(splits['heldout'] + splits['train'])) == COUNT
+  batches = list(pipeline.evaluation_batches(folder, 'heldout', image_size=16, batch_size=4))
+  np.testing.assert_array_equal(np.concatenate([b['index'] for b in batches]), [0, 1, 2, 3, 4, -1, -1, -1])
+  with pytest.raises(UserError, match='holdout_every is 1'):
+    datasets.resolve(names['webdataset'], config.replace(options, holdout_every=1))
+
+
+def test_fewer_records_than_workers_hosts_and_batch(tmp_path, made):
+  name = source_files.write_tars(tmp_path, source_files.pairs(2), shards=1)
+  _, options = made
+  got = _take(_batches((dict(one=name), options), 'one', workers=2, batch_size=12), 1)[0]['example_id']
+  parts = [_take(_batches((dict(one=name), options), 'one', batch_size=12, process_index=h, process_count=4), 1)[0]
+           for h in range(4)]
+  np.testing.assert_array_equal(np.concatenate([part['example_id'] for part in parts]), got)
+  assert np.bincount(got).tolist() == [6, 6]
+
+
+def test_a_changed_tar_is_indexed_anew_and_the_others_are_not(tmp_path, made, monkeypatch):
+  _, options = made
+  name, rows = source_files.write_tars(tmp_path, source_files.pairs(9)), source_files.pairs(12)
+  walked = []
+  walk = sources.webdataset.walk
+  monkeypatch.setattr(sources.webdataset, 'walk', lambda file, size: walked.append(size) or walk(file, size))
+  before = sources.open_split(datasets.resolve(name, options), 'train')
+  assert len(before) == 9 and len(walked) == 3
+  assert len(sources.open_split(datasets.resolve(name, options), 'train')) == 9 and len(walked) == 3
+  with tarfile.open(tmp_path / '00001.tar', 'a') as tar:
+    source_files.add(tar, 'new.jpg', rows[10][1])
+    source_files.add(tar, 'new.json', b'{"caption": ["one", " ", "two"]}')
+  after = sources.open_split(datasets.resolve(name, options), 'train')
+  assert len(after) == 10 and len(walked) == 4 and after.fingerprint != before.fingerprint
+  assert {r.captions for r in map(after.__getitem__, range(10))} >= {('one', 'two')}
+
+
+@pytest.mark.parametrize('how', [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
+def test_tars_of_all_kinds_are_walked_as_tarfile_does(tmp_path, how):
+  names = ['a.jpg', 'folder/b.jpg', 'd' * 90 + '/' + 'e' * 90 + '.txt'] + ['ü' * 120 + '.txt'] * (how != tarfile.USTAR_FORMAT)
+  with tarfile.open(tmp_path / 'x.tar', 'w', format=how) as tar:
+    for number, name in enumerate(names):
+      source_files.add(tar, name, bytes(number * 700), mtime=1.5)
+    tar.addfile(tarfile.TarInfo('folder'))
+  with (tmp_path / 'x.tar').open('rb') as file, tarfile.open(tmp_path / 'x.tar') as tar:
+    got = list(sources.webdataset.walk(file, os.path.getsize(tmp_path / 'x.tar')))
+    assert [(m.name, m.at, m.size) for m in got] == [(m.name, m.offset_data, m.size) for m in tar]
+
+
+def test_buckets_are_read_through_fsspec(made):
+  import fsspec
+  names, options = made
+  memory = fsspec.filesystem('memory')
+  for path in (os.path.join(names['webdataset'].partition(':')[2], f'{i:05d}.tar') for i in range(3)):
+    with open(path, 'rb') as file:
+      memory.pipe(f'/bucket/{os.path.basename(path)}', file.read())
+  _assert_equal(_take(_batches(({'bucket': 'webdataset:memory://bucket'}, options), 'bucket'), 2),
+                _take(_batches(made, 'webdataset'), 2))
+
+
+@pytest.mark.parametrize('name', ['../secret.jpg', '/etc/passwd', 'link.jpg', 'folder/../../secret.jpg', 'linked/secret.jpg'])
+def test_nothing_outside_the_folder_is_opened(tmp_path, name, monkeypatch):
+  (tmp_path / 'data').mkdir()
+  (tmp_path / 'secret.jpg').write_bytes(source_files.jpeg(0))
+  (tmp_path / 'data/link.jpg').symlink_to(tmp_path / 'secret.jpg')
+  (tmp_path / 'data/linked').symlink_to(tmp_path)
+  (tmp_path / 'data/x.csv').write_text(f'filepath,title\n{name},a secret\n')
+  source = sources.SOURCES['csv'](sources.Spec('csv', str(tmp_path / 'data/x.csv'), index=str(tmp_path / 'index')))
+  opened = []
+  real = os.open
+  monkeypatch.setattr(os, 'open', lambda path, *rest, **more: opened.append(path) or real(path, *rest, **more))
+  with pytest.raises(BadRecord) as error:
+    source[0]
+  assert error.value.reason == 'outside' and [os.path.basename(path) for path in opened] == ['x.csv']
+
+
+def _write_tfds(folder, rows, features):
+  """A prepared set as TFDS lays it out; TFDS itself writes with TensorFlow only."""
+  from array_record.python import array_record_module
+  from tensorflow_datasets.proto import tf_example_generated_pb2 as proto
+  folder = folder / 'tiny_pairs/1.0.0'
+  folder.mkdir(parents=True)
+  features.save_config(folder)
+  writer = array_record_module.ArrayRecordWriter(str(folder / 'tiny_pairs-train.array_record-00000-of-00001'), 'group_size:1')
+  for row in rows:
+    example = proto.Example()
+    for name, value in row.items():
+      values = example.features.feature[name]
+      values.int64_list.value.append(value) if isinstance(value, int) else values.bytes_list.value.append(value)
+    writer.write(example.SerializeToString())
+  writer.close()
+  (folder / 'dataset_info.json').write_text(json.dumps({
+      'name': 'tiny_pairs', 'version': '1.0.0', 'fileFormat': 'array_record', 'splits': [
+          {'name': 'train', 'shardLengths': [str(len(rows))], 'numBytes': '1',
+           'filepathTemplate': '{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}'}]}))
+
+
+@pytest.mark.parametrize('labels', [False, True])
+def test_tfds_without_tensorflow(tmp_path, made, labels):
+  import tensorflow_datasets as tfds
+  pairs = source_files.pairs(6)
+  image = tfds.features.Image(encoding_format='jpeg')
+  if labels:
+    features = tfds.features.FeaturesDict({'image': image, 'label': tfds.features.ClassLabel(names=['red_fox', 'dog'])})
+    rows = [{'image': data, 'label': i % 2} for i, (_, data, _) in enumerate(pairs)]
+    expected = [(data, (('red fox', 'dog')[i % 2],)) for i, (_, data, _) in enumerate(pairs)]
+  else:
+    features = tfds.features.FeaturesDict({'image': image, 'caption': tfds.features.Text()})
+    rows = [{'image': data, 'caption': text.encode()} for _, data, text in pairs]
+    expected = [(data, (text,)) for _, data, text in pairs]
+  _write_tfds(tmp_path, rows, features)
+  names, options = {'t': 'tfds:tiny_pairs@train'}, config.replace(made[1], image_root=str(tmp_path))
+  source = sources.open_split(datasets.resolve(names['t'], options), 'train')
+  assert [(record.image, record.captions) for record in map(source.__getitem__, range(6))] == expected
+  assert pickle.loads(pickle.dumps(source))[5] == source[5]
+  assert len(_take(_batches((names, options), 't', options=options), 2)) == 2
+
+
+@pytest.mark.parametrize(('name', 'said'), [
+    ('tar:x', 'neither a folder nor a built-in name'), ('webdataset:nowhere', 'is not there'),
+    ('csv:nowhere/x.csv', 'is not there'),
+    ('webdataset:', 'no KIND:PATH'), ('tfds:no_such_set', 'cannot read the TFDS set')])
+def test_wrong_names_are_one_line(made, name, said):
+  with pytest.raises(UserError, match=said) as error:
+    datasets.resolve(name, made[1])
+  assert '\n' not in str(error.value)
+
+
+def test_what_does_not_fit_is_one_line(made, tmp_path):
+  names, options = made
+  with pytest.raises(UserError, match='brings no tokenizer; set data.tokenizer'):
+    datasets.resolve(names['csv'])
+  with pytest.raises(UserError, match='needs 2 numbers above 0'):
+    datasets.resolve(f'{names["csv"]} + {names["csv"]}', config.replace(options, weights=(1.0,)))
+  with pytest.raises(UserError, match='has no column words; it has: filepath, title'):
+    datasets.resolve(names['csv'], config.replace(options, caption_column='words'))
+  with pytest.raises(UserError, match='has no .tar files'):
+    datasets.resolve(f'webdataset:{tmp_path}', options)
+  (tmp_path / 'x.parquet').write_bytes(b'PAR1 and more')
+  with pytest.raises(UserError, match='no whole Parquet file'):
+    datasets.resolve(f'parquet:{tmp_path}', options)
