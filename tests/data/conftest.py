@@ -1,9 +1,13 @@
 """A small data set for the tests of the input pipeline, and tiny packages for those of the emoji data set."""
 import json
+import pathlib
+import sys
 
 import pytest
 
 from lightclip_jax.data.datasets import shapes
+
+sys.path.append(str(pathlib.Path(__file__).parents[2] / 'benchmarks'))   # `fuzz` runs in the tests, too
 
 
 @pytest.fixture(scope='session')
