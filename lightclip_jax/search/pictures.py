@@ -2,22 +2,16 @@
 
 Letters: H height, W width, S output size.
 """
-import io
 import os
 import pathlib
 from collections.abc import Iterator
 
 import numpy as np
-import PIL.Image
 
 from lightclip_jax.data import transforms
 from lightclip_jax.errors import UserError
 
 SUFFIXES = frozenset('.jpg .jpeg .jfif .png .webp .gif .bmp .tif .tiff .avif .ppm .pgm'.split())
-_ORIENTATION = 0x0112   # EXIF's tag: how the camera was held
-# What turns each orientation upright: (exchange the axes, then flip rows, flip columns).
-_TURNS = {2: (False, False, True), 3: (False, True, True), 4: (False, True, False), 5: (True, False, False),
-          6: (True, False, True), 7: (True, True, True), 8: (True, True, False)}
 
 
 def find(folder: pathlib.Path) -> Iterator[tuple[str, int, int]]:
@@ -47,22 +41,9 @@ def read(path: str | os.PathLike[str], size: int) -> np.ndarray:
     UserError: for a file that is no whole picture.
   """
   try:
-    data = pathlib.Path(path).read_bytes()
-    return transforms.evaluation_transform(_upright(transforms.decode(data), data), size)
+    return transforms.evaluation_transform(transforms.decode(pathlib.Path(path).read_bytes()), size)
   except MemoryError:
     raise
   except Exception as error:   # decoders have errors of many kinds, and a damaged file must not stop a million others
     reason = next(iter(str(error).splitlines()), '') or type(error).__name__
     raise UserError(f'cannot read the picture {str(path)!r}: {reason}') from error
-
-
-def _upright(image_HxWx3: np.ndarray, data: bytes) -> np.ndarray:
-  """Turned as a JPEG's EXIF says; browsers do the same."""
-  if data[:2] != b'\xff\xd8' or b'Exif' not in data[:65536]:
-    return image_HxWx3
-  turn = _TURNS.get(PIL.Image.open(io.BytesIO(data)).getexif().get(_ORIENTATION))
-  if turn is None:
-    return image_HxWx3
-  exchange, rows, columns = turn
-  image_HxWx3 = image_HxWx3.swapaxes(0, 1) if exchange else image_HxWx3
-  return np.ascontiguousarray(image_HxWx3[::-1 if rows else 1, ::-1 if columns else 1])

@@ -200,10 +200,11 @@ export class BytePairs {
     this.ranks = new Map(merges.map((pair, rank) => [pair, rank]));
     this.normalizers = steps(file.normalizer, 'normalizers').map(normalizerStep);
     this.split = splitter(steps(file.pre_tokenizer, 'pretokenizers'));
-    this.added = (file.added_tokens ?? []).map(token => {
+    for (const token of file.added_tokens ?? []) this.pieces[token.id] = token.content;
+    // A special token's name in a text is text like any other.
+    this.added = (file.added_tokens ?? []).filter(token => !token.special).map(token => {
       const plain = !token.lstrip && !token.rstrip && !token.single_word;
       if (!plain) throw new Error(`this page cannot read the token ${token.content}`);
-      this.pieces[token.id] = token.content;
       return {id: token.id, raw: !token.normalized, content: token.normalized ? this.normal(token.content) : token.content};
     });
     this.cache = new Map();
