@@ -222,7 +222,8 @@ def _alive(pid):
 def test_workers_end_with_their_parent_and_quietly(shapes_folder, tmp_path, how):
   program = tmp_path / 'program.py'
   program.write_text(textwrap.dedent(f'''
-    import multiprocessing, sys, time
+    import multiprocessing, signal, sys, time
+    signal.signal(signal.SIGINT, signal.default_int_handler)   # a shell's background jobs ignore it
     from lightclip_jax import cli, config
     from lightclip_jax.data import pipeline
     def main():
