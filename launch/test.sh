@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Makes .venv, installs, runs the tests.
+# Makes .venv, installs, runs the tests but for the slow ones.
 #   launch/test.sh
-#   launch/test.sh -m 'not slow' tests/objectives
+#   launch/test.sh -m ''                # all
+#   launch/test.sh tests/objectives     # all of these
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+[ $# -gt 0 ] || set -- -m 'not slow'
 exec .venv/bin/python -m pytest "$@"
