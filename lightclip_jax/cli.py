@@ -1,8 +1,12 @@
-"""What all entry points share: a mistake of the user's is one line and exit code 2, Ctrl-C one line and 130."""
+"""What all entry points share: a mistake of the user's is one line and exit code 2, Ctrl-C one line and 130, a disk that
+takes no more one line and 1."""
+import errno
 import sys
 from collections.abc import Callable
 
 from lightclip_jax.errors import UserError
+
+_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def run(main: Callable[[], int | None], debug: bool = False) -> int:
@@ -14,11 +18,25 @@ def run(main: Callable[[], int | None], debug: bool = False) -> int:
       raise
     print(f'error: {error}', file=sys.stderr)
     return 2
+  except OSError as error:
+    if debug or error.errno not in _STORAGE:
+      raise
+    print(f'error: {error.strerror}: {_where(error)}; make room, and start the same command again', file=sys.stderr)
+    return 1
   except KeyboardInterrupt:
     if debug:
       raise
     print('stopped', file=sys.stderr)
     return 130
+
+
+def _where(error: BaseException | None) -> str:
+  """The file of the error, or of one that was being handled when it came: closing the logs fails on a full disk, too."""
+  while error:
+    if getattr(error, 'filename', None):
+      return str(error.filename)
+    error = error.__context__
+  return 'a file that is open'
 
 
 def config_overrides(arguments: list[str]) -> dict[str, str]:

@@ -1,7 +1,10 @@
 """Checkpoints of everything that a run needs to continue: state, data iterator, meter, config, tokenizer, preprocessing."""
+import contextlib
 import dataclasses
+import errno
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -62,11 +65,13 @@ class Checkpointer:
 
     Raises:
       UserError: if the metric that decides which is best is not among them.
+      OSError: ENOSPC, if the disk is full, now or when the save before was written.
     """
     if step in self._manager.all_steps():
       return
-    self._manager.save(step, metrics=self._score(metrics), args=ocp.args.Composite(**{
-        STATE: ocp.args.PyTreeSave(_as_dict(state)), RUN: ocp.args.JsonSave(dataclasses.asdict(run))}))
+    with self._full_disk_by_name():
+      self._manager.save(step, metrics=self._score(metrics), args=ocp.args.Composite(**{
+          STATE: ocp.args.PyTreeSave(_as_dict(state)), RUN: ocp.args.JsonSave(dataclasses.asdict(run))}))
     self._last_save = time.monotonic()
 
   def _score(self, metrics: Mapping[str, float] | None) -> dict[str, float] | None:
@@ -97,12 +102,24 @@ class Checkpointer:
     return TrainState(**{'ema': None, 'batch_stats': {}, **state}), RunState(**restored[RUN])
 
   def wait(self) -> None:
-    """Returns when the save under way is on disk."""
-    self._manager.wait_until_finished()
+    """Returns when the save under way is on disk. Raises OSError, ENOSPC, if that is full."""
+    with self._full_disk_by_name():
+      self._manager.wait_until_finished()
 
   def close(self) -> None:
-    """Waits and releases the threads."""
-    self._manager.close()
+    """Waits and releases the threads. Raises as `wait`."""
+    with self._full_disk_by_name():
+      self._manager.close()
+
+  @contextlib.contextmanager
+  def _full_disk_by_name(self) -> Iterator[None]:
+    """TensorStore's error for a full disk becomes the system's own, with the folder's name."""
+    try:
+      yield
+    except ValueError as error:
+      if 'RESOURCE_EXHAUSTED' not in str(error) or 'writing' not in str(error):
+        raise
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._manager.directory)) from error
 
 
 def _options(config: config_lib.Checkpoint) -> ocp.CheckpointManagerOptions:

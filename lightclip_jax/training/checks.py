@@ -65,9 +65,12 @@ def check_splits(config: config_lib.Config, folder: storage.Path) -> None:
   """The data have the splits that are evaluated.
 
   Raises:
-    UserError: naming the first that is missing; a run must not end with that.
+    UserError: naming the first that is missing, or if there is none at all; a run must not end with that.
   """
   contents = manifest.load(folder)
+  if not config.evaluation.splits:
+    raise UserError(f'evaluation.splits is empty; it must name one of {", ".join(contents.splits)} '
+                    '(data.holdout_every makes one of KIND:PATH)')
   for split in config.evaluation.splits:
     contents.split(split)
 

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from tiny import TINY
 
+from lightclip_jax import cli, sharding
 from lightclip_jax import config as config_lib
-from lightclip_jax import sharding
+from lightclip_jax.data.datasets import shapes
 from lightclip_jax.errors import UserError
-from lightclip_jax.training import checks, metrics, optimizer
+from lightclip_jax.training import checkpoint, checks, metrics, optimizer
 from lightclip_jax.training.step import Trainer
 
 
@@ -72,6 +73,33 @@ def test_batches_that_do_not_divide(changes, shards, parts):
 def test_counts_must_be_positive():
   with pytest.raises(UserError, match='train.steps is 0'):
     checks.check_steps(config_lib.replace(TINY, train=dict(steps=0)))
+
+
+def test_a_full_disk_is_one_line(tmp_path, capsys):
+  keeper = checkpoint.Checkpointer(tmp_path / 'run', TINY.checkpoint)
+
+  def main():
+    with open('/dev/full', 'w') as logs:
+      logs.write('x' * 100)
+      with keeper._full_disk_by_name():   # as TensorStore says it
+        raise ValueError('RESOURCE_EXHAUSTED: Error writing "params/0" in OCDBT database at local file "x"')
+
+  assert cli.run(main) == 1
+  said = capsys.readouterr().err
+  assert said.startswith('error: No space left on device: ') and str(tmp_path / 'run') in said and said.count('\n') == 1
+  with pytest.raises(ValueError, match='another'), keeper._full_disk_by_name():
+    raise ValueError('another error')
+  with pytest.raises(PermissionError):   # not about room
+    cli.run(lambda: (_ for _ in ()).throw(PermissionError(13, 'no', 'f')))
+  keeper.close()
+
+
+def test_no_split_to_evaluate_is_said_at_the_start(tmp_path):
+  shapes.prepare(tmp_path / 'data', size=16)
+  with pytest.raises(UserError, match='evaluation.splits is empty.*heldout_style'):
+    checks.check_splits(config_lib.replace(TINY, evaluation=dict(splits=())), tmp_path / 'data')
+  with pytest.raises(UserError, match='nope'):
+    checks.check_splits(config_lib.replace(TINY, evaluation=dict(splits=('nope',))), tmp_path / 'data')
 
 
 def test_tokenizer_must_fit():
