@@ -191,6 +191,10 @@ class Train:
   accumulate: int = 1          # encoder micro-batches; the loss is over the full batch whatever this is
   log_every: int = 20
   seed: int = 0
+  max_skipped: int = 10        # steps in a row whose loss or gradients are not finite, after which a run stops
+  name_nans: bool = False      # at the first such step, find and name the operation that made the NaN, and stop
+  watchdog_minutes: float = 20.0   # without a step, after which the threads' stacks are written; 0: never
+  watchdog_exit: bool = False  # end then, with a code on which the launch scripts start again
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,8 @@ from lightclip_jax.data import manifest, tokenizers
 from lightclip_jax.errors import UserError
 
 # These may change between a run and its continuation: they do not change what is learnt.
-FREE = ('train.log_every', 'train.accumulate', 'checkpoint', 'evaluation', 'mesh', 'data.workers', 'data.prefetch',
+FREE = ('train.log_every', 'train.accumulate', 'train.max_skipped', 'train.name_nans', 'train.watchdog_minutes',
+        'train.watchdog_exit', 'checkpoint', 'evaluation', 'mesh', 'data.workers', 'data.prefetch',
         'data.dataset', 'data.tokenizer', 'data.image_root', 'data.max_faults', 'name')
 
 
@@ -93,6 +94,7 @@ def check_steps(config: config_lib.Config) -> None:
     UserError: naming the first that is not.
   """
   for name, value in (('train.steps', config.train.steps), ('train.log_every', config.train.log_every),
+                      ('train.max_skipped', config.train.max_skipped),
                       ('evaluation.batch_size', config.evaluation.batch_size), ('checkpoint.keep', config.checkpoint.keep)):
     if value < 1:
       raise UserError(f'{name} is {value}; it must be at least 1')

@@ -12,14 +12,15 @@ import time
 from collections.abc import Iterator
 
 import jax
+import numpy as np
 
 from lightclip_jax import config as config_lib
 from lightclip_jax import distributed, sharding, storage
 from lightclip_jax.data import datasets, pipeline, teacher
 from lightclip_jax.models import lightclip
 from lightclip_jax.training import checkpoint as checkpoint_lib
-from lightclip_jax.training import checks, evaluator, initialise, metrics, preemption
-from lightclip_jax.training.step import Trainer, put_batch
+from lightclip_jax.training import checks, evaluator, health, initialise, metrics, preemption
+from lightclip_jax.training.step import Batch, Trainer, put_batch
 
 SLOW_SECONDS = 2 * 3600.0   # a run on a CPU that will take longer is advised to be the quick start
 
@@ -34,7 +35,7 @@ def train(config: config_lib.Config, workdir: storage.Path) -> int:
     UserError: if config, data, devices and workdir do not fit together; nothing has been written then.
   """
   with preemption.Preemption() as stop, contextlib.closing(Run(config, workdir, stop)) as run:
-    with distributed.ending_with_the_others():
+    with distributed.ending_with_the_others(), run.watchdog:
       run.start()
       if run.train():
         run.finish()
@@ -72,7 +73,8 @@ class Run:
         batch_size=config.train.batch_size, seed=config.train.seed, process_index=jax.process_index(),
         process_count=jax.process_count(), with_teacher=distils)
     self._checkpointer = checkpoint_lib.Checkpointer(workdir, config.checkpoint)
-    self._pending: dict[str, jax.Array] | None = None
+    self.watchdog = health.Watchdog(workdir, config.train.watchdog_minutes, config.train.watchdog_exit)
+    self._pending: tuple[dict[str, jax.Array], np.ndarray] | None = None   # metrics and example ids of the last step
     self._faults: dict[str, int] = {}   # of the batches up to the pending step
 
   def start(self) -> None:
@@ -80,12 +82,13 @@ class Run:
     restored = self._checkpointer.restore(self._abstract)
     if restored is None:
       self._compile_and_initialise()
-      self._meter = metrics.Meter()
+      self._meter, self._health = metrics.Meter(), health.Health(self.workdir, self.config.train.max_skipped)
     else:
       self.state, saved = restored
       self.step = int(self.state.step)
       self._batches.restore(saved.iterator)
       self._meter = metrics.Meter(saved.meter)
+      self._health = health.Health(self.workdir, self.config.train.max_skipped, saved.health)
       if self.step < self.config.train.steps:
         self._compile()
     self._clock = metrics.Clock(self.config.train.batch_size, self.config.train.steps)
@@ -104,8 +107,9 @@ class Run:
       self._one_step()
       if self.step == first + 2:   # the first step may still pay for start-up
         self._warn_if_slow((time.perf_counter() - start) * (total - self.step))
-      stop, late, evaluate = distributed.agree(
-          self.step, self._stop.requested, self._checkpointer.late, self._evaluation_is_late)
+      with self.watchdog.waiting_for('the other processes'):
+        stop, late, evaluate = distributed.agree(
+            self.step, self._stop.requested, self._checkpointer.late, self._evaluation_is_late)
       if (evaluate or self.step % self.config.evaluation.every_steps == 0) and self.step < total:
         self._evaluate()
       if late or self._checkpointer.due(self.step) or self._scored:
@@ -113,7 +117,8 @@ class Run:
     if self.step == total and self.config.checkpoint.best:
       self._scores = self._evaluator.evaluate(self.step, self.state.evaluation_variables)
     self._save()
-    self._checkpointer.wait()
+    with self.watchdog.waiting_for('the checkpoint to be written'):
+      self._checkpointer.wait()
     return self.step >= total
 
   def finish(self) -> None:
@@ -157,23 +162,37 @@ class Run:
 
   def _one_step(self) -> None:
     start = time.perf_counter()
-    arrays = next(self._batches)
+    with self.watchdog.waiting_for('data'):
+      arrays = next(self._batches)
     self._clock.waited(time.perf_counter() - start)
-    self._scores = None
-    self.state, fresh = self._compiled_step(self.state, put_batch(arrays, self._mesh))
-    self._settle()
+    self._scores, batch = None, put_batch(arrays, self._mesh)
+    with self.watchdog.waiting_for('the devices, or another process at a step'):
+      self.state, fresh = self._compiled_step(self.state, batch)
+      self._settle()
     self.step += 1
-    self._pending, self._faults = fresh, self._batches.faults()
+    self._pending, self._faults = (fresh, arrays['example_id']), self._batches.faults()
     self._clock.stepped()
+    if self.config.train.name_nans:
+      self._name_nans(batch)
+
+  def _name_nans(self, batch: Batch) -> None:
+    """Runs a step that was skipped again, by single operations: it changed nothing, so its state is still there."""
+    self._settle()
+    if self._health.in_a_row:
+      state = dataclasses.replace(self.state, step=self.state.step - 1)
+      health.name_nans(jax.grad(self._trainer.loss, has_aux=True), state.params, state, batch)
 
   def _settle(self) -> None:
     """Reads the metrics of the last finished step, while the next one is already running, and logs them if it is time."""
     if self._pending is None:
       return
-    self._meter.add(jax.device_get(self._pending))
-    self._pending = None
+    fresh, examples = self._pending
+    self._pending, fresh = None, jax.device_get(fresh)
+    if self._health.add(self.step, fresh, examples):
+      self._meter.add({name: value for name, value in fresh.items() if name != 'skipped'})
     if self.step % self.config.train.log_every == 0 or self.step == self.config.train.steps:
-      values = {f'train/{name}': value for name, value in (self._meter.take() | self._clock.take(self.step)).items()}
+      values = self._meter.take() | self._clock.take(self.step) | {'skipped_steps': self._health.skipped}
+      values = {f'train/{name}': value for name, value in values.items()}
       self._writer.write(self.step, values | {f'data/left_out_{reason}': count for reason, count in self._faults.items()})
       distributed.say(metrics.console_line(self.step, self.config.train.steps, values))
 
@@ -189,16 +208,16 @@ class Run:
 
   def _evaluate(self) -> None:
     self._settle()
-    with self._outside_training():
+    with self._outside_training(), self.watchdog.waiting_for('evaluation'):
       self._scores = self._evaluator.evaluate(self.step, self.state.evaluation_variables)
       self._writer.write(self.step, self._scores)
     self._last_evaluation = time.monotonic()
 
   def _save(self) -> None:
     self._settle()
-    with self._outside_training():
+    with self._outside_training(), self.watchdog.waiting_for('the checkpoint before this one to be written'):
       self._checkpointer.save(self.step, self.state, metrics=self._scores, run=checkpoint_lib.RunState(
-          iterator=self._batches.state(), meter=self._meter.state(), config=dataclasses.asdict(self.config),
+          iterator=self._batches.state(), meter=self._meter.state(), health=self._health.state(), config=dataclasses.asdict(self.config),
           preprocessing=lightclip.preprocessing(self.config.model),
           tokenizer=base64.b64encode(self._tokenizer.to_bytes()).decode(), tokenizer_kind=self._tokenizer.suffix))
       self._writer.flush()   # what a run that continues here will not log again

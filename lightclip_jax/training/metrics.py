@@ -87,8 +87,9 @@ class MetricWriter:
     self._board = tensorboardX.SummaryWriter(str(self._local / 'tensorboard'), purge_step=resume_step + 1)
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
-    """One line, flushed at once."""
-    self._file.write(json.dumps({'step': step, **{k: float(v) for k, v in values.items()}}) + '\n')
+    """One line, flushed at once. What is not finite is left out, which JSON has no way to say."""
+    values = {name: float(value) for name, value in values.items() if math.isfinite(value)}
+    self._file.write(json.dumps({'step': step, **values}, allow_nan=False) + '\n')
     for name, value in values.items():
       self._board.add_scalar(name, value, step)
     if time.monotonic() - self._copied > COPY_SECONDS:
@@ -136,6 +137,8 @@ def _step_of(line: str) -> float:
 
 def console_line(step: int, total: int, values: Mapping[str, float]) -> str:
   """The line that a person reads during training."""
+  if 'train/loss' not in values:
+    return f'step {step}/{total} ({step / total:.0%})  every step since the line before was skipped'
   terms = ' '.join(f'{name.removeprefix("train/loss_")} {value:.3f}' for name, value in values.items()
                    if name.startswith('train/loss_') and name != 'train/loss_over_log_batch')
   return (f'step {step}/{total} ({step / total:.0%})  loss {values["train/loss"]:.3f} ({terms})  '

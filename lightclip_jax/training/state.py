@@ -14,7 +14,7 @@ from lightclip_jax.models import lightclip
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-  """`step` counts finished updates; `ema` is None without a moving average."""
+  """`step` counts batches, with those that were skipped; `ema` is None without a moving average."""
   step: jax.Array                  # int32 scalar
   params: Any
   batch_stats: Any

@@ -113,19 +113,25 @@ class Trainer:
     return self.lower_step().compile()
 
   def step(self, state: state_lib.TrainState, batch: Batch) -> tuple[state_lib.TrainState, dict[str, jax.Array]]:
-    """One update on one global batch. Metrics are float32 scalars."""
+    """One update on one global batch. Metrics are float32 scalars.
+
+    A batch whose loss or gradients are not finite changes nothing but the count of steps, and has `skipped` 1.
+    """
     gradient_of = jax.value_and_grad(self.loss, has_aux=True)
-    (_, (metrics, statistics)), gradients = gradient_of(state.params, state, batch)
+    (loss, (metrics, statistics)), gradients = gradient_of(state.params, state, batch)
     gradients = jax.lax.with_sharding_constraint(gradients, self.places.params)
+    gradient_norm = optax.tree.norm(gradients)
     updates, optimizer_state = self.optimizer.update(gradients, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
     batch_stats = state.batch_stats
     if batch_stats:
       batch_stats = norm.update_running_statistics(batch_stats, statistics, self.config.model.batch_norm_momentum)
     rate = optimizer_lib.learning_rate(self.config.optimizer, self.config.train.steps)(state.step)
-    metrics |= {'gradient_norm': optax.tree.norm(gradients), 'learning_rate': rate}
-    new = state_lib.TrainState(state.step + 1, params, batch_stats, optimizer_state, self._average(state, params))
-    return new, metrics
+    good = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
+    metrics |= {'gradient_norm': gradient_norm, 'learning_rate': rate, 'skipped': 1.0 - good}
+    new = state_lib.TrainState(state.step, params, batch_stats, optimizer_state, self._average(state, params))
+    new = jax.tree.map(lambda now, before: jnp.where(good, now, before), new, state)
+    return dataclasses.replace(new, step=state.step + 1), metrics
 
   def loss(self, params: Any, state: state_lib.TrainState, batch: Batch) -> tuple[jax.Array, tuple[Any, Any]]:
     """The named sum over the full batch, its metrics, and the normalisation statistics of each group."""
