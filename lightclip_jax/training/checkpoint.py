@@ -46,7 +46,8 @@ class Checkpointer:
   """Asynchronous, atomic saves into `workdir/checkpoints`, by steps and by minutes, whichever comes first."""
 
   def __init__(self, workdir: storage.Path, config: config_lib.Checkpoint) -> None:
-    self._config, self._workdir, self._saving = config, workdir, 0
+    self._config, self._workdir = config, workdir
+    self._saving = self._bytes = 0   # the step that is saved last, and the size of its arrays
     arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_SHARED_FROM)
     registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
     self._manager = ocp.CheckpointManager(
@@ -82,7 +83,7 @@ class Checkpointer:
     item = _as_dict(state)
     with self._full_disk_by_name():
       self._manager.wait_until_finished()   # of the save before: its note names that step
-      self._saving = step
+      self._saving, self._bytes = step, sum(leaf.nbytes for leaf in jax.tree.leaves(item))
       self._manager.save(step, metrics=self._score(metrics), args=ocp.args.Composite(**{
           STATE: ocp.args.PyTreeSave(item), RUN: ocp.args.JsonSave(_sealed(run, checksum.checksums(item)))}))
     self._last_save = time.monotonic()
@@ -113,8 +114,9 @@ class Checkpointer:
       self._keep_aside(step, said)
     if not before and not said:
       return None
-    raise UserError(f'{str(self._workdir)!r} holds a run that was saved at step {before}, but no checkpoint of it that is whole '
-                    f'({said or "there is none"}); bring one back into {str(self._manager.directory)!r}, or use another --workdir')
+    raise UserError(f'{str(self._workdir)!r} holds a run that was saved at step {before}, but no checkpoint of it that is '
+                    f'whole ({said or "there is none"}); bring one back into {str(self._manager.directory)!r}, or use '
+                    'another --workdir')
 
   def _restore(self, step: int, like: TrainState) -> tuple[tuple[TrainState, RunState] | None, str]:
     """A checkpoint, or why it is not whole."""
@@ -172,7 +174,8 @@ class Checkpointer:
     except ValueError as error:
       if 'RESOURCE_EXHAUSTED' not in str(error) or 'writing' not in str(error):
         raise
-      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._manager.directory)) from error
+      needed = f'{os.strerror(errno.ENOSPC)}, and a checkpoint needs {self._bytes / 1e6:,.1f} MB'
+      raise OSError(errno.ENOSPC, needed, str(self._manager.directory)) from error
 
 
 def _options(config: config_lib.Checkpoint, saved: Callable[[], None]) -> ocp.CheckpointManagerOptions:

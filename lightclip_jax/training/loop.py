@@ -217,8 +217,8 @@ class Run:
     self._settle()
     with self._outside_training(), self.watchdog.waiting_for('the checkpoint before this one to be written'):
       self._checkpointer.save(self.step, self.state, metrics=self._scores, run=checkpoint_lib.RunState(
-          iterator=self._batches.state(), meter=self._meter.state(), health=self._health.state(), config=dataclasses.asdict(self.config),
-          preprocessing=lightclip.preprocessing(self.config.model),
+          iterator=self._batches.state(), meter=self._meter.state(), health=self._health.state(),
+          config=dataclasses.asdict(self.config), preprocessing=lightclip.preprocessing(self.config.model),
           tokenizer=base64.b64encode(self._tokenizer.to_bytes()).decode(), tokenizer_kind=self._tokenizer.suffix))
       self._writer.flush()   # what a run that continues here will not log again
 

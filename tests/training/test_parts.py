@@ -86,7 +86,8 @@ def test_a_full_disk_is_one_line(tmp_path, capsys):
 
   assert cli.run(main) == 1
   said = capsys.readouterr().err
-  assert said.startswith('error: No space left on device: ') and str(tmp_path / 'run') in said and said.count('\n') == 1
+  assert said.startswith('error: No space left on device, and a checkpoint needs 0.0 MB: ')
+  assert str(tmp_path / 'run') in said and said.count('\n') == 1
   with pytest.raises(ValueError, match='another'), keeper._full_disk_by_name():
     raise ValueError('another error')
   with pytest.raises(PermissionError):   # not about room
