@@ -21,7 +21,9 @@ def run(main: Callable[[], int | None], debug: bool = False) -> int:
   except OSError as error:
     if debug or error.errno not in _STORAGE:
       raise
-    print(f'error: {error.strerror}: {_where(error)}; make room, and start the same command again', file=sys.stderr)
+    named = _named(error)
+    where = named.filename or 'a file that is open'
+    print(f'error: {named.strerror}: {where}; make room, and start the same command again', file=sys.stderr)
     return 1
   except KeyboardInterrupt:
     if debug:
@@ -30,13 +32,12 @@ def run(main: Callable[[], int | None], debug: bool = False) -> int:
     return 130
 
 
-def _where(error: BaseException | None) -> str:
-  """The file of the error, or of one that was being handled when it came: closing the logs fails on a full disk, too."""
-  while error:
-    if getattr(error, 'filename', None):
-      return str(error.filename)
-    error = error.__context__
-  return 'a file that is open'
+def _named(error: OSError) -> OSError:
+  """The error that names a file: this one, or the one that was being handled when closing the logs failed as well."""
+  found: BaseException | None = error
+  while found and not getattr(found, 'filename', None):
+    found = found.__context__
+  return found if isinstance(found, OSError) else error
 
 
 def config_overrides(arguments: list[str]) -> dict[str, str]:
