@@ -9,6 +9,9 @@ import PIL.Image
 import pyarrow
 import pyarrow.parquet
 
+from lightclip_jax.data import manifest, writer
+from lightclip_jax.data.records import Record
+
 
 def jpeg(number, size=(40, 32)):
   """A smooth picture that no other number has."""
@@ -73,6 +76,41 @@ def write_parquet(folder, rows, files=2, group=5):
   return f'parquet:{folder}'
 
 
+def write_array_record(folder, rows):
+  """Shards and a manifest; captions as they are, also those that `prepare` would leave out."""
+  split = writer._write_split(folder, 'train', (Record(key, image, (text,)) for key, image, text in rows), [])
+  manifest.Manifest(name='pairs', splits={'train': split}, tokenizer='', image_size=0, concepts=(), groups=(), licences={},
+                    packages={}, sha256={shard: writer.sha256(folder / shard) for shard in split.shards}).save(folder)
+  return f'array_record:{folder}'
+
+
+def write_tfds(folder, rows, features=None):
+  """A prepared set as TFDS lays it out below `data.image_root`; TFDS itself writes with TensorFlow only."""
+  import tensorflow_datasets as tfds
+  from array_record.python import array_record_module
+  from tensorflow_datasets.proto import tf_example_generated_pb2 as proto
+  if features is None:
+    image = tfds.features.Image(encoding_format='jpeg')
+    features = tfds.features.FeaturesDict({'image': image, 'caption': tfds.features.Text()})
+    rows = [{'image': image, 'caption': text if isinstance(text, bytes) else text.encode()} for _, image, text in rows]
+  folder = folder / 'tiny_pairs/1.0.0'
+  folder.mkdir(parents=True)
+  features.save_config(folder)
+  file = array_record_module.ArrayRecordWriter(str(folder / 'tiny_pairs-train.array_record-00000-of-00001'), 'group_size:1')
+  for row in rows:
+    example = proto.Example()
+    for name, value in row.items():
+      values = example.features.feature[name]
+      values.int64_list.value.append(value) if isinstance(value, int) else values.bytes_list.value.append(value)
+    file.write(example.SerializeToString())
+  file.close()
+  (folder / 'dataset_info.json').write_text(json.dumps({
+      'name': 'tiny_pairs', 'version': '1.0.0', 'fileFormat': 'array_record', 'splits': [
+          {'name': 'train', 'shardLengths': [str(len(rows))], 'numBytes': '1',
+           'filepathTemplate': '{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}'}]}))
+  return 'tfds:tiny_pairs'
+
+
 WRITERS = {
     'webdataset': write_tars,
     'csv': lambda folder, rows: write_table(folder, rows, 'csv'),
@@ -80,4 +118,6 @@ WRITERS = {
     'jsonl': lambda folder, rows: write_table(folder, rows, 'jsonl'),
     'folder': write_folder,
     'parquet': write_parquet,
+    'array_record': write_array_record,
+    'tfds': write_tfds,
 }

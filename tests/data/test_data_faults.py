@@ -64,13 +64,18 @@ def _folder(folder, rows):
   return f'folder:{folder}'
 
 
-def _csv(folder, rows):
-  lines = [b'filepath,title']
+def _csv(folder, rows, kind='csv', separator=b','):
+  lines = [b'filepath' + separator + b'title']
   for number, (_, image, caption) in enumerate(rows):
     (folder / f'{number:04d}.jpg').write_bytes(image)
-    lines.append(b'%04d.jpg,"%s"' % (number, caption.replace(b'\xef\xbb\xbf', b'').replace(b'"', b'""')))
-  (folder / 'x.csv').write_bytes(b'\n'.join(lines))
-  return f'csv:{folder}/x.csv'
+    caption = caption.replace(b'\xef\xbb\xbf', b'').replace(b'"', b'""')
+    lines.append(b'%04d.jpg%s"%s"' % (number, separator, caption))
+  (folder / f'x.{kind}').write_bytes(b'\n'.join(lines))
+  return f'{kind}:{folder}/x.{kind}'
+
+
+def _tsv(folder, rows):
+  return _csv(folder, rows, 'tsv', b'\t')
 
 
 def _jsonl(folder, rows):
@@ -91,6 +96,14 @@ def _parquet(folder, rows):
   return f'parquet:{folder}/x.parquet'
 
 
+def _array_record(folder, rows):
+  return source_files.write_array_record(folder, [('', image, caption) for _, image, caption in rows])
+
+
+def _tfds(folder, rows):
+  return source_files.write_tfds(folder, [('', image, caption) for _, image, caption in rows])
+
+
 @pytest.fixture(scope='module')
 def options(tmp_path_factory):
   root = tmp_path_factory.mktemp('faults')
@@ -105,12 +118,13 @@ def _batches(name, options, **more):
                                 **{'batch_size': 12, **more})
 
 
-@pytest.mark.parametrize('write', [_tar, _folder, _csv, _jsonl, _parquet])
+@pytest.mark.parametrize('write', [_tar, _folder, _csv, _tsv, _jsonl, _parquet, _array_record, _tfds])
 def test_training_over_the_corpus_counts_exactly(write, tmp_path, options, capfd):
   bad = bad_pairs()
   rows = [('', image, text.encode()) for _, image, text in source_files.pairs(GOOD)] + bad
   assert len(rows) == 60 and len(bad) == 40
   name = write(tmp_path, rows)
+  options = config.replace(options, image_root=str(tmp_path))
   batches = _batches(name, options)
   ids = []
   for _ in range(5):   # one epoch

@@ -2,8 +2,10 @@
 import itertools
 import json
 import os
+import pathlib
 import pickle
 import tarfile
+import threading
 
 import grain
 import numpy as np
@@ -34,9 +36,15 @@ def made(tmp_path_factory):
   os.environ['LIGHTCLIP_DATA'] = before
 
 
+def _options(made, kind):
+  names, options = made
+  tokenizer = pathlib.Path(options.tokenizer)
+  return config.replace(options, image_root=str(tokenizer.parent / kind)) if kind == 'tfds' else options
+
+
 def _batches(made, kind, workers=0, batch_size=8, seed=1, options=None, **more):
   names, own = made
-  own = config.replace(options or own, workers=workers)
+  own = config.replace(options or _options(made, kind), workers=workers)
   folder = datasets.resolve(names.get(kind, kind), own)
   return pipeline.train_batches(folder, own, image_size=16, context=20, batch_size=batch_size, seed=seed, **more)
 
@@ -56,7 +64,7 @@ def _assert_equal(got, expected):
 
 @pytest.mark.parametrize('kind', source_files.WRITERS)
 def test_records_are_what_was_written(made, kind):
-  names, options = made
+  names, options = made[0], _options(made, kind)
   source = sources.open_split(datasets.resolve(names[kind], options), 'train')
   got = {(record.image, record.captions) for record in map(source.__getitem__, range(len(source)))}
   assert got == {(image, (text,)) for _, image, text in source_files.pairs(COUNT)} and len(source) == COUNT
@@ -67,7 +75,7 @@ def test_records_are_what_was_written(made, kind):
 
 @pytest.mark.parametrize('kind', [*source_files.WRITERS, 'mixture'])
 def test_order_resume_hosts_and_epochs(made, kind):
-  names, options = made
+  names, options = made[0], _options(made, kind)
   if kind == 'mixture':
     kind, options = f'{names["csv"]} + {names["webdataset"]}', config.replace(options, weights=(3.0, 1.0))
   whole = _take(_batches(made, kind, options=options), 12)
@@ -93,6 +101,18 @@ def test_order_resume_hosts_and_epochs(made, kind):
   _assert_equal(joined, whole[5:9])
 
 
+@pytest.mark.parametrize('kinds', [('webdataset',), ('array_record', 'jsonl'), ('csv', 'parquet', 'folder')])
+@pytest.mark.parametrize('hosts', [1, 2, 4])
+def test_hosts_together_see_each_record_once_an_epoch(made, kinds, hosts):
+  count = COUNT * len(kinds)
+  assert count % 8   # epochs end inside batches
+  name = ' + '.join(made[0][kind] for kind in kinds)
+  shares = [_take(_batches(made, name, process_index=h, process_count=hosts), 2 * count // 8 + 1) for h in range(hosts)]
+  ids = np.concatenate([share['example_id'] for step in zip(*shares, strict=True) for share in step])
+  for epoch in range(2):
+    np.testing.assert_array_equal(np.sort(ids[epoch * count:(epoch + 1) * count]), np.arange(count))
+
+
 class _Few(grain.MapDataset):
 
   def __len__(self):
@@ -104,7 +124,7 @@ class _Few(grain.MapDataset):
 
 @pytest.mark.parametrize('kind', [*source_files.WRITERS, 'mixture'])
 def test_grain_checkpoints(made, kind):
-  names, options = made
+  names, options = made[0], _options(made, kind)
   if kind == 'mixture':
     kind, options = f'{names["jsonl"]} + {names["folder"]}', config.replace(options, weights=(1.0, 2.0))
   folder = datasets.resolve(names.get(kind, kind), options)
@@ -115,12 +135,13 @@ def test_grain_checkpoints(made, kind):
 
 
 def test_workers_do_not_matter(made):
-  names, options = made
-  kind = ' + '.join(names[kind] for kind in source_files.WRITERS)   # all of them cross the border to a process
-  whole = _take(_batches(made, kind), 6)
-  for workers in (1, 2):
-    _assert_equal(_take(_batches(made, kind, workers=workers), 6), whole)
-  assert {int(i) // COUNT for batch in whole for i in batch['example_id']} == set(range(len(source_files.WRITERS)))
+  kinds = [kind for kind in source_files.WRITERS if kind != 'tfds']   # it needs another `image_root`
+  name = ' + '.join(made[0][kind] for kind in kinds)                  # all of them cross the border to a process
+  whole = _take(_batches(made, name), 6)
+  for workers in (1, 2, 4):
+    _assert_equal(_take(_batches(made, name, workers=workers), 6), whole)
+  assert {int(i) // COUNT for batch in whole for i in batch['example_id']} == set(range(len(kinds)))
+  _assert_equal(_take(_batches(made, 'tfds', workers=1), 2), _take(_batches(made, 'tfds'), 2))
 
 
 def test_holdout_and_evaluation(made):
@@ -196,32 +217,17 @@ def test_nothing_outside_the_folder_is_opened(tmp_path, name, monkeypatch):
   (tmp_path / 'data/x.csv').write_text(f'filepath,title\n{name},a secret\n')
   source = sources.SOURCES['csv'](sources.Spec('csv', str(tmp_path / 'data/x.csv'), index=str(tmp_path / 'index')))
   opened = []
-  real = os.open
-  monkeypatch.setattr(os, 'open', lambda path, *rest, **more: opened.append(path) or real(path, *rest, **more))
+  real, own = os.open, threading.get_ident()
+
+  def watched(path, *rest, **more):
+    if threading.get_ident() == own:   # threads of pipelines that other tests closed may still end their reading
+      opened.append(path)
+    return real(path, *rest, **more)
+
+  monkeypatch.setattr(os, 'open', watched)
   with pytest.raises(BadRecord) as error:
     source[0]
   assert error.value.reason == 'outside' and [os.path.basename(path) for path in opened] == ['x.csv']
-
-
-def _write_tfds(folder, rows, features):
-  """A prepared set as TFDS lays it out; TFDS itself writes with TensorFlow only."""
-  from array_record.python import array_record_module
-  from tensorflow_datasets.proto import tf_example_generated_pb2 as proto
-  folder = folder / 'tiny_pairs/1.0.0'
-  folder.mkdir(parents=True)
-  features.save_config(folder)
-  writer = array_record_module.ArrayRecordWriter(str(folder / 'tiny_pairs-train.array_record-00000-of-00001'), 'group_size:1')
-  for row in rows:
-    example = proto.Example()
-    for name, value in row.items():
-      values = example.features.feature[name]
-      values.int64_list.value.append(value) if isinstance(value, int) else values.bytes_list.value.append(value)
-    writer.write(example.SerializeToString())
-  writer.close()
-  (folder / 'dataset_info.json').write_text(json.dumps({
-      'name': 'tiny_pairs', 'version': '1.0.0', 'fileFormat': 'array_record', 'splits': [
-          {'name': 'train', 'shardLengths': [str(len(rows))], 'numBytes': '1',
-           'filepathTemplate': '{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}'}]}))
 
 
 @pytest.mark.parametrize('labels', [False, True])
@@ -237,7 +243,7 @@ def test_tfds_without_tensorflow(tmp_path, made, labels):
     features = tfds.features.FeaturesDict({'image': image, 'caption': tfds.features.Text()})
     rows = [{'image': data, 'caption': text.encode()} for _, data, text in pairs]
     expected = [(data, (text,)) for _, data, text in pairs]
-  _write_tfds(tmp_path, rows, features)
+  source_files.write_tfds(tmp_path, rows, features)
   names, options = {'t': 'tfds:tiny_pairs@train'}, config.replace(made[1], image_root=str(tmp_path))
   source = sources.open_split(datasets.resolve(names['t'], options), 'train')
   assert [(record.image, record.captions) for record in map(source.__getitem__, range(6))] == expected
@@ -265,6 +271,9 @@ def test_what_does_not_fit_is_one_line(made, tmp_path):
     datasets.resolve(names['csv'], config.replace(options, caption_column='words'))
   with pytest.raises(UserError, match='has no .tar files'):
     datasets.resolve(f'webdataset:{tmp_path}', options)
+  (tmp_path / 'x.csv').write_text('"filepath,title\na.jpg,a ""quoted"" line break"')
+  with pytest.raises(UserError, match='has no column filepath or .*; it has: filepath,title a.jpg'):
+    datasets.resolve(f'csv:{tmp_path}/x.csv', options)
   (tmp_path / 'x.parquet').write_bytes(b'PAR1 and more')
   with pytest.raises(UserError, match='no whole Parquet file'):
     datasets.resolve(f'parquet:{tmp_path}', options)

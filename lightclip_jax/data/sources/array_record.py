@@ -1,10 +1,11 @@
 """Records of one split of a folder that `lightclip_jax.prepare` made."""
+import dataclasses
 from typing import SupportsIndex
 
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from lightclip_jax import storage
-from lightclip_jax.data import indexes, manifest, records
+from lightclip_jax.data import captions, indexes, manifest, records
 from lightclip_jax.data.faults import BadRecord
 from lightclip_jax.data.sources.spec import Spec
 from lightclip_jax.errors import UserError
@@ -39,9 +40,13 @@ class ArrayRecordSource:
 
   def __getitem__(self, index: SupportsIndex) -> records.Record:
     try:
-      return records.decode(self._files[index])
+      record = records.decode(self._files[index])
     except (UserError, RuntimeError) as error:
       raise BadRecord('damaged', str(error)) from error
+    if not isinstance(record.image, bytes):
+      raise BadRecord('damaged', 'the image is not bytes')
+    # Other programs write such shards too.
+    return dataclasses.replace(record, captions=captions.of_value(record.captions))
 
   def __repr__(self) -> str:
     return f'ArrayRecordSource({self.folder!r}, {self.split!r})'

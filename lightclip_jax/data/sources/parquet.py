@@ -92,4 +92,5 @@ def _column(names: list[str], wanted: str, usual: tuple[str, ...], file: str) ->
   for name in (wanted,) if wanted else usual:
     if name in names:
       return name
-  raise UserError(f'{file!r} has no column {wanted or " or ".join(usual)}; it has: {", ".join(names)[:200]}')
+  there = ' '.join(', '.join(names).split())[:200]   # a name may have line breaks
+  raise UserError(f'{file!r} has no column {wanted or " or ".join(usual)}; it has: {there}')

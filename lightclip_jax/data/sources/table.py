@@ -135,7 +135,8 @@ def _column(columns: list[str], wanted: str, usual: tuple[str, ...], path: str) 
   for name in (wanted,) if wanted else usual:
     if name in columns:
       return columns.index(name)
-  raise UserError(f'{path!r} has no column {wanted or " or ".join(usual)}; it has: {", ".join(columns)[:200]}')
+  there = ' '.join(', '.join(columns).split())[:200]   # a quoted name may have line breaks
+  raise UserError(f'{path!r} has no column {wanted or " or ".join(usual)}; it has: {there}')
 
 
 class JsonlSource(TableSource):

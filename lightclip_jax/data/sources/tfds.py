@@ -48,8 +48,11 @@ class TfdsSource:
     return f'{self.spec.path} {index}'
 
   def __getitem__(self, index: SupportsIndex) -> Record:
-    example = self._data[index]
-    image, value = example[self._image], example[self._caption]
+    try:
+      example = self._data[index]
+      image, value = example[self._image], example[self._caption]
+    except Exception as error:   # whatever its readers raise for a record that is malformed
+      raise BadRecord('damaged', str(error).strip().splitlines()[0] if str(error).strip() else '') from error
     if not isinstance(image, bytes):
       raise BadRecord('damaged', 'the image is not encoded')
     if self._labels is not None:
