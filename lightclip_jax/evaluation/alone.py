@@ -40,9 +40,7 @@ def evaluate(path: storage.Path, chosen: Mapping[str, tasks.Task], out: str, *, 
   Raises:
     UserError: if there is no such checkpoint, or its parts do not belong together.
   """
-  if step not in ('last', 'best') and not step.isdecimal():
-    raise UserError(f"step is {step!r}; it can be 'last', 'best' or the number of a checkpoint")
-  loaded = checkpoint.load(path, {'last': None, 'best': checkpoint.BEST}.get(step) if not step.isdecimal() else int(step))
+  loaded = checkpoint.load(path, checkpoint.which(step))
   config = loaded.config
   if loaded.tokenizer.vocab_size != config.model.text.vocab_size:
     raise UserError(f'the tokenizer in {str(path)!r} has {loaded.tokenizer.vocab_size} pieces; '

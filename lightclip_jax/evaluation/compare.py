@@ -2,10 +2,10 @@
 import dataclasses
 import json
 import math
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from lightclip_jax import storage
 from lightclip_jax.errors import UserError
 from lightclip_jax.evaluation import curves, report
 from lightclip_jax.evaluation.metrics import Metric, percent
@@ -42,7 +42,7 @@ def read(path: str) -> Run:
   Raises:
     UserError: if there are no results.
   """
-  folder = pathlib.Path(path)
+  folder = storage.path(path)
   file = folder / 'results.json' if folder.is_dir() else folder
   try:
     values = json.loads(file.read_text(encoding='utf-8'))
@@ -98,9 +98,9 @@ def format_table(runs: Sequence[Run]) -> str:
   return '\n'.join('  '.join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines)
 
 
-def write_page(file: str | pathlib.Path, runs: Sequence[Run]) -> pathlib.Path:
+def write_page(file: str | storage.Path, runs: Sequence[Run]) -> storage.Path:
   """Writes the page, one file that needs nothing else; names are escaped. Returns its path."""
-  path = pathlib.Path(file)
+  path = storage.path(file)
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_text(report.render('compare.html', runs=runs, tables=tables(runs), charts=_charts(runs)), encoding='utf-8')
   return path

@@ -17,11 +17,16 @@ DRAWN = 96   # pixels of a drawn image
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-  """One image, what it shows, and the names that the model finds most probable, best first."""
+  """One image and what it shows."""
   image: np.ndarray                          # uint8 [S, S, 3]
   name: str
   style: str
   licence: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Guessed(Picture):
+  """With the names that the model finds most probable, best first."""
   guesses: tuple[tuple[str, float], ...]     # (name, probability)
 
   @property
@@ -30,7 +35,7 @@ class Picture:
     return self.guesses[0][0] == self.name
 
 
-def make_gallery(session: Session, split: str, *, count: int = 48, guesses: int = 5) -> list[Picture]:
+def make_gallery(session: Session, split: str, *, count: int = 48, guesses: int = 5) -> list[Guessed]:
   """`count` pictures of a split: half of them recognised and half not, as far as there are so many of either.
 
   Which ones is decided by a hash of their keys, so that two reports on the same data show mostly the same pictures.
@@ -45,7 +50,7 @@ def make_gallery(session: Session, split: str, *, count: int = 48, guesses: int 
   chosen = choose([record.key for record in records], ranks_N == 0, count)
   logits = session.embedder.logit_scale * images_NxD[chosen] @ classes_CxD.T
   probabilities = np.exp(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True))
-  return [_picture(records[i], names, row, guesses) for i, row in zip(chosen, probabilities, strict=True)]
+  return [_guessed(records[i], names, row, guesses) for i, row in zip(chosen, probabilities, strict=True)]
 
 
 def choose(keys: list[str], right_N: np.ndarray, count: int) -> list[int]:
@@ -58,8 +63,12 @@ def choose(keys: list[str], right_N: np.ndarray, count: int) -> list[int]:
   return (mixed + right[both:] + wrong[both:])[:count]
 
 
-def _picture(record: Record, names: tuple[str, ...], probabilities_C: np.ndarray, guesses: int) -> Picture:
+def picture(record: Record, size: int) -> Picture:
+  """A record's, `size` pixels wide and high."""
+  image = transforms.evaluation_transform(transforms.decode(record.image), size)
+  return Picture(image, record.concept, record.style, record.licence)
+
+
+def _guessed(record: Record, names: tuple[str, ...], probabilities_C: np.ndarray, guesses: int) -> Guessed:
   best = np.argsort(-probabilities_C, kind='stable')[:guesses]
-  image = transforms.evaluation_transform(transforms.decode(record.image), DRAWN)
-  return Picture(image, record.concept, record.style, record.licence,
-                 tuple((names[i], float(probabilities_C[i])) for i in best))
+  return Guessed(**vars(picture(record, DRAWN)), guesses=tuple((names[i], float(probabilities_C[i])) for i in best))

@@ -1,16 +1,15 @@
 """What a page shows of a model's mistakes: classes it confuses, what it finds similar, how sure it is.
 
-Letters: N images, C classes, S pixels.
+Letters: N images, C classes.
 """
 import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 
-from lightclip_jax.data import transforms
 from lightclip_jax.data.records import Record
 from lightclip_jax.evaluation import calibration
-from lightclip_jax.evaluation.gallery import choose
+from lightclip_jax.evaluation.gallery import Picture, choose, picture
 from lightclip_jax.evaluation.ranks import score_chunks
 from lightclip_jax.evaluation.session import Session
 
@@ -27,19 +26,10 @@ class Confused:
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawn:
-  """One image on the page."""
-  image: np.ndarray                          # uint8 [S, S, 3]
-  name: str
-  style: str
-  licence: str
-
-
-@dataclasses.dataclass(frozen=True)
 class Neighbours:
   """An image and those of other splits that lie nearest to it, the nearest first."""
-  query: Drawn
-  nearest: tuple[tuple[Drawn, float], ...]   # (image, cosine)
+  query: Picture
+  nearest: tuple[tuple[Picture, float], ...]   # (image, cosine)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,10 +82,5 @@ def _neighbours(session: Session, split: str, others: Sequence[str], count: int 
   candidates = np.concatenate([session.images(other) for other in others])
   (_, cosine_NxM), = score_chunks(session.images(split)[chosen], candidates)
   order_NxM = np.argsort(-cosine_NxM, axis=1, kind='stable')[:, :nearest]
-  return [Neighbours(_drawn(records[i]), tuple((_drawn(pool[j]), float(cosine_M[j])) for j in best))
+  return [Neighbours(picture(records[i], DRAWN), tuple((picture(pool[j], DRAWN), float(cosine_M[j])) for j in best))
           for i, best, cosine_M in zip(chosen, order_NxM, cosine_NxM, strict=True)]
-
-
-def _drawn(record: Record) -> Drawn:
-  image = transforms.evaluation_transform(transforms.decode(record.image), DRAWN)
-  return Drawn(image, record.concept, record.style, record.licence)

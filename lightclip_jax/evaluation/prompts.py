@@ -5,8 +5,8 @@ as CLIP's eighty, at a fraction of the text tower's work.
 """
 import dataclasses
 import json
-import pathlib
 
+from lightclip_jax import storage
 from lightclip_jax.errors import UserError
 
 Templates = tuple[str, ...]
@@ -60,7 +60,7 @@ def choose(name_or_file: str | None) -> Choice:
     return OWN
   if not name_or_file.endswith('.json'):
     return Choice(name_or_file, (('', templates(name_or_file)),))
-  path = pathlib.Path(name_or_file)
+  path = storage.path(name_or_file)
   try:
     read = json.loads(path.read_text(encoding='utf-8'))
   except (OSError, ValueError) as error:

@@ -19,7 +19,7 @@ from markupsafe import Markup
 from lightclip_jax import storage
 from lightclip_jax.config import Config
 from lightclip_jax.evaluation import curves
-from lightclip_jax.evaluation.gallery import Picture
+from lightclip_jax.evaluation.gallery import Guessed
 from lightclip_jax.evaluation.insight import Insight
 from lightclip_jax.evaluation.matching import Matching
 from lightclip_jax.evaluation.metrics import Metric, percent, scalars
@@ -46,7 +46,7 @@ HEADLINES = {'eval/heldout_style/concept_top1': 'drawings in a style it never sa
              'eval/heldout_images/concept_top1': 'held-out images'}
 
 
-def write_report(workdir: str | storage.Path, results: Sequence[Metric], gallery: Sequence[Picture],
+def write_report(workdir: str | storage.Path, results: Sequence[Metric], gallery: Sequence[Guessed],
                  matchings: Sequence[Matching], config: Config, insight: Insight = Insight()) -> storage.Path:  # noqa: B008
   """Writes `workdir/report/index.html` from `workdir/metrics.jsonl` and the final results; returns its path.
 
@@ -187,6 +187,7 @@ def _splits(log: Log) -> dict[str, str]:
 
 
 def title(split: str) -> str:
+  """A split or task as a person writes it: `knn:digits` is "Knn, digits"."""
   kind, _, data = split.replace('heldout', 'held-out').replace('_', ' ').partition(':')
   return kind.capitalize() + (f', {data}' if data else '')
 

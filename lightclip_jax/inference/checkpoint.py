@@ -20,6 +20,7 @@ from lightclip_jax.models import lightclip
 STATE, RUN = 'state', 'run'
 SCORE = 'score'                # in the metrics of a checkpoint that was evaluated: more is better
 BEST: Literal['best'] = 'best'
+Step = int | Literal['best'] | None   # None: the newest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +45,18 @@ def checkpoint_folder(path: storage.Path) -> storage.Path:
   raise UserError(f'{str(path)!r} holds no checkpoint; give the workdir of a training run')
 
 
-def load(path: storage.Path, step: int | Literal['best'] | None = None) -> Loaded:
+def which(name: str | int) -> Step:
+  """The step that 'last', 'best' or a number names, as flags and users write it.
+
+  Raises:
+    UserError: for anything else.
+  """
+  if name not in ('last', BEST) and not str(name).isdecimal():
+    raise UserError(f"step is {name!r}; it can be 'last', 'best' or the number of a checkpoint")
+  return None if name == 'last' else BEST if name == BEST else int(name)
+
+
+def load(path: storage.Path, step: Step = None) -> Loaded:
   """Reads the newest (or the best, or the given) checkpoint of a run: the moving average where there is one.
 
   Raises:
@@ -61,7 +73,7 @@ def load(path: storage.Path, step: int | Literal['best'] | None = None) -> Loade
       raise UserError(f'checkpoint {step} in {str(manager.directory)!r} cannot be read; is it whole? {first_line}') from error
 
 
-def step_of(path: storage.Path, step: int | Literal['best'] | None = None) -> int:
+def step_of(path: storage.Path, step: Step = None) -> int:
   """The number of the checkpoint that `load` would read. Raises UserError as `load` does."""
   with _open(path) as manager:
     return _chosen(manager, step)
@@ -72,7 +84,7 @@ def _open(path: storage.Path) -> ocp.CheckpointManager:
   return ocp.CheckpointManager(storage.absolute(checkpoint_folder(path)), options=options)
 
 
-def _chosen(manager: ocp.CheckpointManager, step: int | Literal['best'] | None) -> int:
+def _chosen(manager: ocp.CheckpointManager, step: Step) -> int:
   steps, where = sorted(manager.all_steps()), str(manager.directory)
   if step == BEST:
     if (best := manager.best_step()) is None:

@@ -91,18 +91,23 @@ class Model:
     return np.concatenate(rows) if rows else np.zeros((0, self.embed_dim), np.float32)
 
 
-def load(path: str | os.PathLike[str]) -> Model:
-  """The newest checkpoint of a training run, an exported folder, or a folder of open_clip whose towers we have.
+def load(path: str | os.PathLike[str], step: str | int = 'last') -> Model:
+  """A checkpoint of a training run, an exported folder, or a folder of open_clip whose towers we have.
+
+  Args:
+    path: the folder.
+    step: of a run: 'last', 'best' or a number.
 
   Raises:
-    UserError: for a path that is none of these, or one that is damaged.
+    UserError: for a path that is none of these, or one that is damaged; for a step that is not there.
   """
-  path = storage.path(path)
-  if (path / open_clip.CONFIG_FILE).is_file():
-    return Model(**open_clip.load(path))
-  if (path / exported.MODEL_FILE).is_file():
-    return Model(**exported.load(path))
-  return from_checkpoint(checkpoint.load(path))
+  path, chosen = storage.path(path), checkpoint.which(step)
+  for file, read in ((open_clip.CONFIG_FILE, open_clip.load), (exported.MODEL_FILE, exported.load)):
+    if (path / file).is_file():
+      if chosen is not None:
+        raise UserError(f'step is {step!r}, but {str(path)!r} is an exported folder, which holds one model')
+      return Model(**read(path))
+  return from_checkpoint(checkpoint.load(path, chosen))
 
 
 def from_checkpoint(loaded: checkpoint.Loaded) -> Model:

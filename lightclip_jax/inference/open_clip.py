@@ -6,7 +6,6 @@ Letters: b examples that a tower gets at a time, S image size, W text positions,
 """
 import functools
 import json
-import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lightclip_jax import config as config_lib
+from lightclip_jax import storage
 from lightclip_jax.data import tokenizers
 from lightclip_jax.errors import UserError
 from lightclip_jax.models import convert, image_towers, norm, text_transformer, weight_files
@@ -28,7 +28,7 @@ _TRUNKS = {**dict.fromkeys(_WIDTHS, 'mobilenet_v2'), 'resnet18': 'resnet18', 'vi
 _PADDING_OFF = 999.0   # an embedding of the padding token beyond this switches attention to padding off (export/open_clip.py)
 
 
-def load(folder: pathlib.Path) -> dict[str, Any]:
+def load(folder: storage.Path) -> dict[str, Any]:
   """The fields of `inference.model.Model`.
 
   Raises:
@@ -55,7 +55,7 @@ def load(folder: pathlib.Path) -> dict[str, Any]:
           'logit_scale': scale, 'tokenizer': tokenizer, 'image_tower': image_tower, 'text_tower': text_tower}
 
 
-def _image(folder: pathlib.Path, vision: Mapping[str, Any]) -> config_lib.ImageTower:
+def _image(folder: storage.Path, vision: Mapping[str, Any]) -> config_lib.ImageTower:
   """Our name and options of a timm trunk."""
   name, arguments = vision.get('timm_model_name'), {}
   if str(name).startswith('local-dir:'):   # its path is absolute, and the folder may have moved
@@ -86,7 +86,7 @@ def _only(section: Mapping[str, Any], **wanted: Any) -> None:
       raise UserError(f'its {name} is {section[name]!r}; only {value!r} is known')
 
 
-def _tokenizer(folder: pathlib.Path) -> Any:
+def _tokenizer(folder: storage.Path) -> Any:
   file = next((folder / name for name in TOKENIZER_FILES if (folder / name).is_file()), None)
   if file is None:
     raise UserError(f'it has no tokenizer file ({" or ".join(TOKENIZER_FILES)})')

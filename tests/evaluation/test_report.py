@@ -12,7 +12,7 @@ import pytest
 
 from lightclip_jax import config, evaluate
 from lightclip_jax.evaluation import calibration, curves, insight, metrics, report
-from lightclip_jax.evaluation.gallery import Picture
+from lightclip_jax.evaluation.gallery import Guessed, Picture
 from lightclip_jax.evaluation.matching import Matching
 from lightclip_jax.evaluation.metrics import Metric
 
@@ -48,7 +48,7 @@ class Page(html.parser.HTMLParser):
 
 def picture(name, *guesses):
   image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-  return Picture(image, name, EVIL, 'CC-BY-4.0', tuple((g, 0.5 / (i + 1)) for i, g in enumerate(guesses)))
+  return Guessed(image, name, EVIL, 'CC-BY-4.0', tuple((g, 0.5 / (i + 1)) for i, g in enumerate(guesses)))
 
 
 def write_log(folder, steps=range(10, 210, 10)):
@@ -75,7 +75,7 @@ def page(tmp_path):
   write_log(tmp_path)
   gallery = [picture(EVIL, EVIL, 'a', 'b', 'c', 'd'), picture('cat', 'dog', 'cow', 'cat', EVIL, 'e')]
   matchings = [Matching(gallery[0].image, 'noto', 'Apache-2.0', (EVIL, 'face'), (np.eye(4), np.zeros((4, 4))))]
-  drawn = insight.Drawn(gallery[0].image, EVIL, 'twemoji', 'MIT')
+  drawn = Picture(gallery[0].image, EVIL, 'twemoji', 'MIT')
   looked = insight.Insight((insight.Confused(EVIL, 7, 0.25, ((EVIL, 0.5),)),), (insight.Neighbours(drawn, ((drawn, 0.75),)),),
                            (calibration.Bin(0.25, 0.125, 8), calibration.Bin(0.75, 0.5, 8)), 0.1875)
   path = report.write_report(tmp_path, RESULTS, gallery, matchings, config.replace(config.Config(), name=EVIL), looked)

@@ -10,7 +10,8 @@ import orbax.checkpoint as ocp
 
 from lightclip_jax import config as config_lib
 from lightclip_jax.data import tokenizers
-from lightclip_jax.inference.checkpoint import RUN, STATE
+from lightclip_jax.inference import checkpoint
+from lightclip_jax.inference.checkpoint import RUN, SCORE, STATE
 from lightclip_jax.models import lightclip
 
 CAPTIONS = ('a red circle', 'two blue squares', 'one green triangle on white', 'a cat and a dog', 'the house by the sea')
@@ -40,13 +41,15 @@ def random_variables(model: config_lib.Model, seed: int = 0) -> dict:
   return jax.tree_util.tree_map_with_path(fill, shapes)
 
 
-def write(folder: pathlib.Path, small: config_lib.Config, variables: dict, step: int = 7, **run) -> pathlib.Path:
-  """`folder`, a workdir with one checkpoint; `run` replaces parts of its JSON half."""
+def write(folder: pathlib.Path, small: config_lib.Config, variables: dict, step: int = 7, score: float | None = None,
+          **run) -> pathlib.Path:
+  """`folder`, a workdir with one more checkpoint; `run` replaces parts of its JSON half."""
   about = dict(iterator={}, meter={}, config=json.loads(json.dumps(dataclasses.asdict(small))),
                preprocessing=lightclip.preprocessing(small.model),
                tokenizer=base64.b64encode(tokenizers.train(CAPTIONS * 20, 60).to_bytes()).decode())
   state = {'step': np.int32(step), **{name: tree for name, tree in variables.items() if tree}}
-  with ocp.CheckpointManager((folder / 'checkpoints').absolute()) as manager:
-    manager.save(step, args=ocp.args.Composite(**{
+  options = ocp.CheckpointManagerOptions(best_fn=checkpoint.score)
+  with ocp.CheckpointManager((folder / 'checkpoints').absolute(), options=options) as manager:
+    manager.save(step, metrics=None if score is None else {SCORE: score}, args=ocp.args.Composite(**{
       STATE: ocp.args.StandardSave(state), RUN: ocp.args.JsonSave({**about, **run})}))
   return folder

@@ -144,6 +144,26 @@ def test_damaged_checkpoints_are_one_clear_line(workdir, tmp_path):
   assert '\n' not in str(error.value)
 
 
+def test_the_best_the_last_and_any_other_step(workdir, tmp_path):
+  scales = {}
+  for step, score in ((3, 0.1), (5, 0.4), (9, 0.2)):
+    variables = small_checkpoint.random_variables(CONFIG.model)
+    variables['params']['logit_scale'] = np.float32(np.log(step))
+    small_checkpoint.write(tmp_path, CONFIG, variables, step, score)
+  for step in ('last', 'best', 3, '3'):
+    scales[step] = round(lightclip_jax.load(tmp_path, step=step).logit_scale, 3)
+  assert scales == {'last': 9, 'best': 5, 3: 3, '3': 3} and lightclip_jax.load(tmp_path).logit_scale == pytest.approx(9)
+  (tmp_path / 'exported').mkdir()
+  (tmp_path / 'exported' / 'model.json').write_text('{}')
+  for folder, step, words in ((workdir, 'best', 'no scored checkpoint; .*checkpoint.best'),
+                              (workdir, 8, r'step 8; it has \[7\]'),
+                              (workdir, 'first', "step is 'first'; it can be 'last', 'best' or the number"),
+                              (tmp_path / 'exported', 'best', 'exported folder, which holds one model')):
+    with pytest.raises(UserError, match=words) as error:
+      lightclip_jax.load(folder, step=step)
+    assert '\n' not in str(error.value)
+
+
 def test_no_training_code_is_imported(workdir):
   script = (f'import sys, lightclip_jax\nassert "jax" not in sys.modules\nlightclip_jax.load({str(workdir)!r})\n'
             'print(*(m for m in sys.modules if m.startswith(("lightclip_jax.training", "lightclip_jax.objectives", "optax", '
