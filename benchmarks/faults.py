@@ -1,13 +1,16 @@
-"""The fault campaign: a small run is killed again and again at random moments, and must end as if it never had been.
+"""The fault campaign: small runs are killed again and again, and must end as if they never had been.
 
-  python benchmarks/faults.py --kills=100 --out=docs/faults.json
+    python benchmarks/faults.py --out=docs/faults.json
 
-Kills are SIGKILL and SIGTERM in turn, at a random time after the start: so they fall into start-up, restoring, steps, saves,
-evaluation and the report. Whenever a run gets to its end, the next one starts in a new workdir. Compared with a run that
-nobody touched: parameters, optimizer state, moving average and running statistics bit for bit, and the logged metrics.
+Three arms: one process, two processes as one run, and the preparation of data. SIGKILL and SIGTERM in turn, at random moments
+and at chosen ones: while restoring, saving, evaluating, writing the report. Of two processes one is killed; the other must end
+by itself. Whenever a run gets to its end, the next one starts in a new folder. It is compared with one that nobody touched:
+parameters, optimizer state, moving average, running statistics and log bit for bit, and the ids of the examples of every step.
 """
 import argparse
 import dataclasses
+import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -15,133 +18,282 @@ import platform
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import PIL.Image
 
 ROOT = pathlib.Path(__file__).parents[1]
-CONFIG = ROOT / 'tests' / 'training' / 'tiny_config.py'
+CONFIG = ROOT / 'benchmarks' / 'faults_config.py'
 TIMING = ('train/examples_per_second', 'train/data_wait', 'train/eta_seconds')
-LONGEST = 900   # seconds that one start may take
+MOMENTS = ('any', 'save', 'any', 'evaluation', 'any', 'restore', 'any', 'report')
+LONGEST = 600     # seconds that one start may take
+OTHER_ENDS = 60   # seconds that the rest of a run may outlive the process that was killed
+PICTURES = 1500   # of the data that are prepared
 
 
 @dataclasses.dataclass
 class Tally:
-  """What was seen."""
+  """What was seen in one arm."""
   kills: int = 0
-  exits: dict[str, int] = dataclasses.field(default_factory=dict)     # by exit code of the killed process
-  steps_lost: list[int] = dataclasses.field(default_factory=list)     # logged, and made again
+  moments: dict[str, int] = dataclasses.field(default_factory=dict)
+  exits: dict[str, int] = dataclasses.field(default_factory=dict)   # of the process that was killed, and of its other
+  continued_at_newest_save: int = 0
+  continued: int = 0
+  steps_made_again: list[int] = dataclasses.field(default_factory=list)
   seconds_to_recover: list[float] = dataclasses.field(default_factory=list)   # from the start to the first new step
+  seconds_until_other_ended: list[float] = dataclasses.field(default_factory=list)
   runs_compared: int = 0
   runs_equal: int = 0
+
+  def killed(self, moment: str, codes: list[int]) -> None:
+    """Counts one."""
+    self.kills += 1
+    self.moments[moment] = self.moments.get(moment, 0) + 1
+    name = ' and '.join(map(str, codes))
+    self.exits[name] = self.exits.get(name, 0) + 1
+
+
+class Failure(SystemExit):
+  """Something that must not happen."""
 
 
 def main() -> None:
   """Runs the campaign and writes its record."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--kills', type=int, default=100)
-  parser.add_argument('--steps', type=int, default=60)
+  parser.add_argument('--one', type=int, default=60, help='kills of a run of one process')
+  parser.add_argument('--two', type=int, default=20, help='kills of one of two processes')
+  parser.add_argument('--prepare', type=int, default=20, help='kills of the preparation of data')
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument('--out', type=pathlib.Path)
   flags = parser.parse_args()
-  with tempfile.TemporaryDirectory() as folder:
-    record = campaign(pathlib.Path(folder), flags.kills, flags.steps, random.Random(flags.seed))
+  record = {'machine': f'{platform.machine()}, {os.cpu_count()} cores'}
+  rng = random.Random(flags.seed)
+  for name in ('prepare', 'one', 'two'):
+    if not (kills := getattr(flags, name)):
+      continue
+    folder = pathlib.Path(tempfile.mkdtemp())
+    arm = _prepare(folder, kills, rng) if name == 'prepare' else _train(1 + (name == 'two'), folder, kills, rng)
+    record[name] = dataclasses.asdict(arm)
+    if arm.runs_equal == arm.runs_compared:
+      shutil.rmtree(folder)
+    else:
+      print(f'see {folder}', file=sys.stderr)
   text = json.dumps(record, indent=2)
   print(text)
   if flags.out:
     flags.out.write_text(text + '\n')
 
 
-def campaign(folder: pathlib.Path, kills: int, steps: int, rng: random.Random) -> dict:
-  """A run that nobody touches, then runs that are killed until there were `kills` of it."""
-  environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '', 'JAX_COMPILATION_CACHE_DIR': str(folder / 'cache')}
-  environment['LIGHTCLIP_DATA'] = str(folder / 'data')
-  start(folder / 'whole', steps, environment).communicate(timeout=LONGEST)
-  begun = time.monotonic()
-  start(folder / 'again', steps, environment).communicate(timeout=LONGEST)   # how long one takes when all is compiled
-  length, whole, tally, number = time.monotonic() - begun, outcome(folder / 'whole'), Tally(), 0
-  while tally.kills < kills:
-    workdir, number = folder / f'run{number}', number + 1
-    until_the_end(workdir, steps, environment, kills, length, rng, tally)
-    tally.runs_compared += 1
-    tally.runs_equal += equal(outcome(workdir), whole)
-    shutil.rmtree(workdir)
-    print(f'{tally.kills} kills, {tally.runs_equal} of {tally.runs_compared} runs equal', file=sys.stderr, flush=True)
-  return {'machine': f'{platform.machine()}, {os.cpu_count()} cores', 'steps': steps, **dataclasses.asdict(tally)}
-
-
-def until_the_end(workdir: pathlib.Path, steps: int, environment: dict[str, str], kills: int, length: float,
-                  rng: random.Random, tally: Tally) -> None:
-  """Starts one run until it is complete, and kills each start but the last at a random moment."""
-  while True:
-    before, begun = last_step(workdir), time.monotonic()
-    process = start(workdir, steps, environment)
+def _train(count: int, folder: pathlib.Path, kills: int, rng: random.Random) -> Tally:
+  """Runs of `count` processes, killed `kills` times altogether."""
+  length = 0.0
+  for name in ('whole', 'again'):   # the second has everything compiled: this is how long one takes
+    run, begun = Run(folder / name, count), time.monotonic()
+    run.wait(LONGEST)
+    length = time.monotonic() - begun
+  whole, tally = run.outcome(), Tally()
+  moments = itertools.cycle(MOMENTS)
+  for number in itertools.count():
     if tally.kills >= kills:
-      process.communicate(timeout=LONGEST)
-    else:
-      recover(process, workdir, before, begun, rng.uniform(0, 0.9 * length), tally)
-    if process.returncode == 0:
+      return tally
+    _until_the_end(folder / f'run{number}', count, kills, length, moments, rng, tally)
+    tally.runs_compared += 1
+    equal = _equal(Run(folder / f'run{number}', count, start=False).outcome(), whole)
+    tally.runs_equal += equal
+    if equal:
+      shutil.rmtree(folder / f'run{number}')
+    print(f'{count}: {tally.kills} kills, {tally.runs_equal} of {tally.runs_compared} runs equal', file=sys.stderr, flush=True)
+
+
+def _until_the_end(folder: pathlib.Path, count: int, kills: int, length: float, moments: Iterator[str], rng: random.Random,
+                   tally: Tally) -> None:
+  """Starts one run until it is complete, and kills it each time while kills are left."""
+  while True:
+    run = Run(folder, count)
+    if tally.kills < kills:
+      moment = next(moments)
+      seconds = rng.uniform(0, length) if moment == 'any' else rng.uniform(0, 0.3)
+      run.until(moment, seconds, tally)
+      if run.alive():
+        number = signal.SIGKILL if tally.kills % 2 else signal.SIGTERM
+        tally.killed(moment, run.kill(rng.randrange(count), number, tally))
+        continue
+    codes = run.wait(LONGEST)
+    if codes == [0] * count:
       return
-    if process.returncode not in (-signal.SIGKILL, -signal.SIGTERM, 75, 128 + signal.SIGTERM):
-      raise SystemExit(f'exit {process.returncode}: {process.stdout.read() if process.stdout else ""}')
-    name = str(process.returncode)
-    tally.exits[name] = tally.exits.get(name, 0) + 1
+    raise Failure(f'exit codes {codes}: {run.said()}')
 
 
-def recover(process: subprocess.Popen, workdir: pathlib.Path, before: int, begun: float, seconds: float,
-            tally: Tally) -> None:
-  """Waits for `seconds`, notes when the first new step was made, and kills."""
-  lost = None
-  while time.monotonic() < begun + seconds and process.poll() is None:
-    now = last_step(workdir)
-    if lost is None and before and now != before:   # the log is cut back to the last save when a run continues
-      lost = max(0, before - now)
-      tally.steps_lost.append(lost)
-      tally.seconds_to_recover.append(round(time.monotonic() - begun, 1))
-    time.sleep(0.05)
-  if process.poll() is None:
-    process.send_signal(signal.SIGKILL if tally.kills % 2 else signal.SIGTERM)
-    tally.kills += 1
-  process.communicate(timeout=LONGEST)
+class Run:
+  """One start of a run of one or more processes."""
+
+  def __init__(self, folder: pathlib.Path, count: int, start: bool = True) -> None:
+    self.folder, self.workdir = folder, folder / 'run'
+    folder.mkdir(exist_ok=True)
+    self.read_before, self.saved_before, self.begun = self._last_read(), self._newest(), time.monotonic()
+    self._recovered = not self.read_before
+    for flag in folder.glob('*-[0-9]'):
+      flag.unlink()
+    self.processes = [self._start(number, count) for number in range(count)] if start else []
+
+  def _start(self, number: int, count: int) -> subprocess.Popen:
+    if not number:
+      with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        self._port = free.getsockname()[1]
+    environment = os.environ | {
+        'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '', 'JAX_COMPILATION_CACHE_DIR': str(self.folder.parent / 'cache'),
+        'LIGHTCLIP_DATA': str(self.folder.parent / 'data'), 'LIGHTCLIP_START_TIMEOUT': '40'}
+    if count > 1:
+      environment |= {'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{self._port}', 'JAX_NUM_PROCESSES': str(count),
+                      'JAX_PROCESS_ID': str(number)}
+    command = [sys.executable, '-m', 'lightclip_jax.main', f'--config={CONFIG}:{self.folder}', f'--workdir={self.workdir}']
+    with (self.folder / f'said-{number}.txt').open('w') as said:
+      return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=said, stderr=said)
+
+  def until(self, moment: str, seconds: float, tally: Tally) -> None:
+    """Returns `seconds` after the start, or after the moment came; or when the run has ended."""
+    deadline = time.monotonic() + seconds if moment == 'any' else None
+    while self.alive() and (deadline is None or time.monotonic() < deadline):
+      self._note_recovery(tally)
+      if deadline is None and (self.folder / f'{moment}-0').exists():
+        deadline = time.monotonic() + seconds
+      time.sleep(0.01)
+
+  def _note_recovery(self, tally: Tally) -> None:
+    reads = [] if self._recovered else self._reads(0)
+    if len(reads) > self.read_before:
+      first, last = reads[self.read_before][0], reads[self.read_before - 1][0]
+      tally.continued += 1
+      tally.continued_at_newest_save += first == self.saved_before
+      tally.steps_made_again.append(last + 1 - first)
+      tally.seconds_to_recover.append(round(time.monotonic() - self.begun, 1))
+      self._recovered = True
+
+  def alive(self) -> bool:
+    """Whether none of the processes has ended."""
+    return all(process.poll() is None for process in self.processes)
+
+  def kill(self, victim: int, number: signal.Signals, tally: Tally) -> list[int]:
+    """Sends the signal to one process; the exit codes of it and of the other."""
+    self.processes[victim].send_signal(number)
+    self.processes[victim].wait(LONGEST)
+    begun = time.monotonic()
+    others = [process for process in self.processes if process is not self.processes[victim]]
+    for process in others:
+      process.wait(OTHER_ENDS)
+      tally.seconds_until_other_ended.append(round(time.monotonic() - begun, 1))
+    codes = [process.returncode for process in (self.processes[victim], *others)]
+    expected = {-signal.SIGKILL, -signal.SIGTERM, 75, 128 + signal.SIGTERM} | ({2, 76} if others else set())
+    if not set(codes) <= expected | {0}:
+      raise Failure(f'exit codes {codes}: {self.said()}')
+    return codes
+
+  def wait(self, seconds: float) -> list[int]:
+    """Exit codes."""
+    return [process.wait(seconds) for process in self.processes]
+
+  def said(self) -> str:
+    """What the processes printed."""
+    return '\n'.join(path.read_text()[-2000:] for path in sorted(self.folder.glob('said-*.txt')))
+
+  def _last_read(self) -> int:
+    return len(self._reads(0))
+
+  def _newest(self) -> int:
+    steps = [int(path.name) for path in (self.workdir / 'checkpoints').glob('*') if path.name.isdecimal()]
+    return max(steps, default=0)
+
+  def _reads(self, process: int) -> list[tuple[int, list[int]]]:
+    path = self.folder / f'read-{process}.jsonl'
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith(']]')]
+
+  def outcome(self) -> 'Outcome':
+    """The newest checkpoint's arrays, the log's rows by number, the examples by process and step (as read last)."""
+    folder, reader = self.workdir / 'checkpoints' / str(self._newest()) / 'state', ocp.PyTreeCheckpointer()
+    how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(folder).item_metadata.tree)
+    state = reader.restore(folder, restore_args=how)
+    rows = [json.loads(line) for line in (self.workdir / 'metrics.jsonl').read_text().splitlines()]
+    rows = [tuple((name, value) for name, value in row.items() if name not in TIMING) for row in rows]
+    reads = {f'{process}/{step}': ids for process in range(2) for step, ids in self._reads(process)}
+    return _flat(state), dict(enumerate(rows)), reads
 
 
-def start(workdir: pathlib.Path, steps: int, environment: dict[str, str]) -> subprocess.Popen:
-  """One start of the command."""
-  command = [sys.executable, '-m', 'lightclip_jax.main', f'--config={CONFIG}:shallow', f'--workdir={workdir}',
-             f'--config.train.steps={steps}']
-  return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.DEVNULL,
-                          stderr=subprocess.DEVNULL)
+Outcome = tuple[dict, dict, dict]
 
 
-def rows(workdir: pathlib.Path) -> list[dict]:
-  """The log."""
-  path = workdir / 'metrics.jsonl'
-  lines = path.read_text().splitlines() if path.exists() else []
-  return [json.loads(line) for line in lines if line.endswith('}')]
+def _flat(tree: dict) -> dict[str, np.ndarray]:
+  return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def last_step(workdir: pathlib.Path) -> int:
-  """The last step in the log; 0 without one."""
-  return max((row['step'] for row in rows(workdir)), default=0)
+def _equal(one: Outcome, other: Outcome) -> bool:
+  """Bit for bit."""
+  state, log, reads = ({name: value for name, value in items.items() if not np.array_equal(value, rest.get(name))}
+                       for items, rest in zip(one, other, strict=True))
+  different = [*state, *log, *reads]
+  if different:
+    print(f'not equal: {len(state)} arrays, steps {list(log)[:5]} of the log, reads {list(reads)[:5]}', file=sys.stderr)
+  return not different and all(one[part].keys() == other[part].keys() for part in range(3))
 
 
-def outcome(workdir: pathlib.Path) -> tuple[dict, list[dict]]:
-  """The newest checkpoint's arrays, and the log without times."""
-  with ocp.CheckpointManager(workdir / 'checkpoints', options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
-    step = manager.latest_step()
-    state = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))['state']
-  return state, [{name: value for name, value in row.items() if name not in TIMING} for row in rows(workdir)]
+def _prepare(folder: pathlib.Path, kills: int, rng: random.Random) -> Tally:
+  """Preparations of the same pictures, killed `kills` times altogether."""
+  _draw(folder / 'pictures')
+  tally, begun = Tally(), time.monotonic()
+  _preparation(folder, 'whole').wait(LONGEST)
+  length, whole = time.monotonic() - begun, _contents(folder / 'whole')
+  for number in itertools.count():
+    if tally.kills >= kills:
+      return tally
+    out = f'run{number}'
+    while True:
+      process, begun = _preparation(folder, out), time.monotonic()
+      if tally.kills < kills:
+        _sleep(lambda p=process: p.poll() is None, rng.uniform(0, length))
+        if process.poll() is None:
+          os.killpg(process.pid, signal.SIGKILL if tally.kills % 2 else signal.SIGTERM)
+          tally.killed('preparation', [process.wait(LONGEST)])
+          continue
+      if process.wait(LONGEST):
+        raise Failure(f'preparation: exit code {process.returncode}')
+      break
+    tally.runs_compared += 1
+    tally.runs_equal += _contents(folder / out) == whole
+    print(f'prepare: {tally.kills} kills, {tally.runs_equal} of {tally.runs_compared} equal', file=sys.stderr, flush=True)
 
 
-def equal(one: tuple[dict, list[dict]], other: tuple[dict, list[dict]]) -> bool:
-  """Bit for bit, log and state."""
-  import jax
-  pairs = zip(jax.tree.leaves(one[0]), jax.tree.leaves(other[0]), strict=True)
-  return one[1] == other[1] and all(np.array_equal(a, b) for a, b in pairs)
+def _draw(folder: pathlib.Path) -> None:
+  folder.mkdir()
+  for number in range(PICTURES):
+    pixels = np.random.default_rng(number).integers(0, 256, (96, 96, 3), np.uint8)
+    PIL.Image.fromarray(pixels).resize((256, 256)).save(folder / f'{number:05d}.jpg')
+    (folder / f'{number:05d}.txt').write_text(f'thing {number % 97} beside thing {number % 89}')
+
+
+def _preparation(folder: pathlib.Path, out: str) -> subprocess.Popen:
+  command = [sys.executable, '-m', 'lightclip_jax.prepare', 'folder', str(folder / 'pictures'), f'--out={folder / out}',
+             '--size=64', '--vocab_size=200', '--holdout_every=10', '--duplicates=similar']
+  return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+
+
+def _contents(folder: pathlib.Path) -> dict[str, str]:
+  files = (path for path in folder.rglob('*') if path.is_file())
+  return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def _sleep(while_true: Callable[[], bool], seconds: float) -> None:
+  deadline = time.monotonic() + seconds
+  while while_true() and time.monotonic() < deadline:
+    time.sleep(0.01)
 
 
 if __name__ == '__main__':

@@ -1,4 +1,5 @@
 """Whatever is done to the newest checkpoint, it is noticed, kept aside, and the one before is used."""
+import gc
 import json
 import pathlib
 import shutil
@@ -16,6 +17,13 @@ from lightclip_jax.training.state import TrainState
 # Orbax leaves the reads of other arrays unfinished when one fails.
 pytestmark = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning', 'ignore:coroutine')
 VALUES = np.random.default_rng(0).normal(size=(300, 40)).astype(np.float32)
+
+
+@pytest.fixture(autouse=True)
+def collected():
+  """Those reads are complained of here, and not in some later test."""
+  yield
+  gc.collect()
 
 
 def state_of(step):
