@@ -120,8 +120,8 @@ def _until_the_end(folder: pathlib.Path, count: int, kills: int, length: float, 
     run = Run(folder, count)
     if tally.kills < kills:
       moment = next(moments)
-      seconds = rng.uniform(0, length) if moment == 'any' else rng.uniform(0, 0.3)
-      run.until(moment, seconds, tally)
+      latest = length * (rng.random() if moment == 'any' else 0.9)
+      moment = run.until(moment, latest, rng.uniform(0, 0.3), tally)
       if run.alive():
         number = signal.SIGKILL if tally.kills % 2 else signal.SIGTERM
         tally.killed(moment, run.kill(rng.randrange(count), number, tally))
@@ -159,14 +159,15 @@ class Run:
     with (self.folder / f'said-{number}.txt').open('w') as said:
       return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=said, stderr=said)
 
-  def until(self, moment: str, seconds: float, tally: Tally) -> None:
-    """Returns `seconds` after the start, or after the moment came; or when the run has ended."""
-    deadline = time.monotonic() + seconds if moment == 'any' else None
-    while self.alive() and (deadline is None or time.monotonic() < deadline):
+  def until(self, moment: str, latest: float, after: float, tally: Tally) -> str:
+    """Returns `after` seconds into the moment if it comes, else `latest` after the start; or when the run has ended."""
+    deadline, seen = self.begun + latest, False
+    while self.alive() and time.monotonic() < deadline:
       self._note_recovery(tally)
-      if deadline is None and (self.folder / f'{moment}-0').exists():
-        deadline = time.monotonic() + seconds
+      if not seen and (self.folder / f'{moment}-0').exists():
+        seen, deadline = True, time.monotonic() + after
       time.sleep(0.01)
+    return moment if seen else 'any'
 
   def _note_recovery(self, tally: Tally) -> None:
     reads = [] if self._recovered else self._reads(0)

@@ -86,8 +86,9 @@ def test_a_run_continues_from_its_bucket():
   with pytest.raises(UserError, match='another config'):
     checks.claim_workdir(workdir, config_lib.replace(CONFIG, train=dict(steps=7)))
 
-  place = sharding.batch_sharding(sharding.make_mesh(config_lib.Mesh()))
-  state = TrainState(jnp.int32(3), {'w': jax.device_put(jnp.arange(16.0), place)}, {}, {'m': jnp.ones((3, 2))}, None)
+  place = sharding.batch_sharding(mesh := sharding.make_mesh(config_lib.Mesh()))
+  step, moment = jax.device_put((jnp.int32(3), jnp.ones((3, 2))), jax.sharding.NamedSharding(mesh, jax.P()))
+  state = TrainState(step, {'w': jax.device_put(jnp.arange(16.0), place)}, {}, {'m': moment}, None)
   for step in (3, 4):
     saver = checkpoint.Checkpointer(workdir, config_lib.Checkpoint(keep=1))
     saver.save(step, state, checkpoint.RunState({'next_batch': step}, {}, {}, {}, ''))
