@@ -1,6 +1,6 @@
 """The fault campaign: small runs are killed again and again, and must end as if they never had been.
 
-    python benchmarks/faults.py --out=docs/faults.json
+    python -m benchmarks.faults --out=docs/faults.json
 
 Three arms: one process, two processes as one run, and the preparation of data. SIGKILL and SIGTERM in turn, at random moments
 and at chosen ones: while restoring, saving, evaluating, writing the report. Of two processes one is killed; the other must end

@@ -1,6 +1,6 @@
 """Mutated tars, tables, Parquet files and images: each must give records, clean skips or one line, and open nothing outside.
 
-COMMAND  python benchmarks/fuzz.py --inputs=25000 --seed=0
+COMMAND  python -m benchmarks.fuzz --inputs=25000 --seed=0
 Prints one line of JSON: how many inputs of each format, and what became of their records. Any other error is a failure, which
 Hypothesis makes small and shows. Some run in the tests, too (tests/data/test_data_faults.py).
 """

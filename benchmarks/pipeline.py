@@ -1,6 +1,6 @@
 """Images per second of one core from each kind of source to 224 px batches, beside decoding alone and open_clip's pipeline.
 
-    python benchmarks/pipeline.py --out=/tmp/pipeline.json [--open_clip=PYTHON] [--images=2000]
+    python -m benchmarks.pipeline --out=/tmp/pipeline.json [--open_clip=PYTHON] [--images=2000]
 
 Seconds are CPU seconds of all threads of the process, so that what else runs on the machine matters little. PYTHON is an
 interpreter with open_clip and webdataset (launch/parity_env.sh makes it, with `pip install webdataset` after that).

@@ -1,6 +1,6 @@
 """Time and memory of exact retrieval ranks: 25,000 captions × 5,000 images, five captions an image, D = 512.
 
-COMMAND  python benchmarks/retrieval.py
+COMMAND  python -m benchmarks.retrieval
 Measured on 2 CPU cores: see docs/EVALUATION.md.
 """
 import resource

@@ -1,6 +1,6 @@
 """Time of exact search, and of indexing beside what the image tower alone takes.
 
-COMMAND  python benchmarks/search.py --model=deployed --pictures=DIR
+COMMAND  python -m benchmarks.search --model=deployed --pictures=DIR
 Measured: see docs/SEARCH.md.
 """
 import os

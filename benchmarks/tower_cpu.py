@@ -1,6 +1,6 @@
 """Examples per second of an image tower, and of the same tower written with plain Flax layers, in one run.
 
-    python benchmarks/tower_cpu.py --tower mobilenet_v2 --size 64 --width 0.5 --batch 128 --out tower.json
+    python -m benchmarks.tower_cpu --tower mobilenet_v2 --size 64 --width 0.5 --batch 128 --out tower.json
 
 "plain" is the same module tree with `nn.Conv` and `nn.BatchNorm`, so that the ratio is what these layers bring.
 The two alternate, and medians are compared; `cpu_ratio` is of processor time, which a busy machine disturbs less.
