@@ -79,17 +79,21 @@ class MetricWriter:
   def __init__(self, workdir: storage.Path, resume_step: int) -> None:
     self._workdir, self._copied = workdir, time.monotonic()
     self._local = pathlib.Path(tempfile.mkdtemp()) if storage.in_bucket(workdir) else workdir
-    old, path = workdir / 'metrics.jsonl', self._local / 'metrics.jsonl'
+    old, path, kept = workdir / 'metrics.jsonl', self._local / 'metrics.jsonl', []
     if old.exists():
       kept = [line for line in old.read_text().splitlines() if _step_of(line) <= resume_step]
       storage.write_text(path, ''.join(line + '\n' for line in kept))
+    self._last = kept[-1:]   # the evaluation of a run that was complete, but for its report
     self._file = path.open('a', buffering=1)
     self._board = tensorboardX.SummaryWriter(str(self._local / 'tensorboard'), purge_step=resume_step + 1)
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
     """One line, flushed at once. What is not finite is left out, which JSON has no way to say."""
     values = {name: float(value) for name, value in values.items() if math.isfinite(value)}
-    self._file.write(json.dumps({'step': step, **values}, allow_nan=False) + '\n')
+    line = json.dumps({'step': step, **values}, allow_nan=False)
+    if line in self._last:
+      return
+    self._file.write(line + '\n')
     for name, value in values.items():
       self._board.add_scalar(name, value, step)
     if time.monotonic() - self._copied > COPY_SECONDS:

@@ -52,6 +52,15 @@ def test_writer_drops_what_a_killed_run_wrote_after_its_last_save(tmp_path):
   assert list((tmp_path / 'tensorboard').glob('events.*'))
 
 
+def test_the_last_evaluation_is_logged_once_by_a_run_that_is_killed_after_it(tmp_path):
+  for values in ({'train/loss': 2.0}, {'eval/x': 1.0}, {'eval/x': 1.0}):
+    writer = metrics.MetricWriter(tmp_path, resume_step=5)
+    writer.write(5, values)
+    writer.close()
+  assert [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()] == [
+      {'step': 5, 'train/loss': 2.0}, {'step': 5, 'eval/x': 1.0}]
+
+
 def test_durations():
   assert [metrics.duration(s) for s in (12.4, 250, 3900, math.inf)] == ['12 s', '4 min 10 s', '1 h 05 min', '?']
 
