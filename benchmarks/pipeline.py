@@ -37,7 +37,7 @@ SIZE, BATCH, CONTEXT = 224, 256, 77
 
 
 def photo(number: int) -> bytes:
-  """A JPEG of about 512 px and 60 kB, with edges and grain as a photo has."""
+  """A JPEG of about 512 px, with edges and grain as a photo has."""
   random = np.random.default_rng(number)
   height, width = random.permutation((512, 512 + 32 * int(random.integers(9))))
   coarse = PIL.Image.fromarray(random.integers(0, 256, (24, 24, 3), dtype=np.uint8)).resize((width, height), PIL.Image.BICUBIC)
@@ -86,7 +86,7 @@ class Ours:
   """Ready batches of 256 from one source, tokens and masks included."""
 
   def __init__(self, name: str, tokenizer: pathlib.Path):
-    options = configs.replace(configs.Data(), tokenizer=str(tokenizer), workers=0, prefetch=2)
+    options = configs.replace(configs.Data(), tokenizer=str(tokenizer), workers=0, prefetch=0)   # all is made when asked for
     self._batches = pipeline.train_batches(datasets.resolve(name, options), options, image_size=SIZE, context=CONTEXT,
                                            batch_size=BATCH, seed=0)
     next(self._batches)

@@ -200,6 +200,8 @@ class TrainBatches(Iterator[Batch]):
     batch = next(self._running[0])
     self._next_batch += 1
     self._ledger.add(batch.pop('faults'))
+    if not worker_count(self._options.workers):
+      return batch
     # Copied out of the workers' shared memory, which complains when an array in it lives to the end of the program.
     return {name: np.array(values) for name, values in batch.items()}
 
