@@ -75,21 +75,19 @@ def main() -> None:
   parser.add_argument('--out', type=pathlib.Path)
   flags = parser.parse_args()
   record = {'machine': f'{platform.machine()}, {os.cpu_count()} cores'}
-  rng = random.Random(flags.seed)
   for name in ('prepare', 'one', 'two'):
     if not (kills := getattr(flags, name)):
       continue
-    folder = pathlib.Path(tempfile.mkdtemp())
+    folder, rng = pathlib.Path(tempfile.mkdtemp()), random.Random(f'{flags.seed} {name}')
     arm = _prepare(folder, kills, rng) if name == 'prepare' else _train(1 + (name == 'two'), folder, kills, rng)
     record[name] = dataclasses.asdict(arm)
     if arm.runs_equal == arm.runs_compared:
       shutil.rmtree(folder)
     else:
       print(f'see {folder}', file=sys.stderr)
-  text = json.dumps(record, indent=2)
-  print(text)
-  if flags.out:
-    flags.out.write_text(text + '\n')
+    print(json.dumps(record, indent=2))
+    if flags.out:
+      flags.out.write_text(json.dumps(record, indent=2) + '\n')
 
 
 def _train(count: int, folder: pathlib.Path, kills: int, rng: random.Random) -> Tally:
