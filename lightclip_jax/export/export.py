@@ -40,23 +40,23 @@ def export(loaded: checkpoint.Loaded, kind: str, out: pathlib.Path, *, data: pat
     raise UserError(f'{str(out)!r} holds something else; give a new folder')
   out.mkdir(parents=True, exist_ok=True)
   towers = towers_lib.from_checkpoint(loaded)
-  inputs = {'noise': verify.noise(towers)}
-  data = data or verify.prepared_folder(loaded.config.data.dataset)
+  inputs = verify.noise(towers)
+  data, asked = data or verify.prepared_folder(loaded.config.data.dataset), None
   if data:
-    inputs['real'] = verify.real(towers, data)
+    asked = verify.questions(towers, data)
+    inputs = {**inputs, **verify.real(towers, data)}
   else:
     yield f'the data set {loaded.config.data.dataset!r} is not here: verified on noise alone (--data names a prepared folder)'
   tokenizer_file = f'tokenizer{loaded.tokenizer.suffix}'
   (out / tokenizer_file).write_bytes(loaded.tokenizer.to_bytes())
   about = {**FORMATS[kind](towers, out), **towers.description(), 'tokenizer': tokenizer_file}
+  models = [model_lib.from_checkpoint(towers.loaded)]
   if kind == 'open_clip':
-    about['cosines'] = open_clip.cosines(towers, out, inputs)
-    _finish(out, about)
-    yield _cosine_line(about['cosines']) if about['cosines'] else open_clip.UNVERIFIED
+    yield from _in_open_clip(out, about, models[0], inputs, asked)
     return
   _finish(out, about)
-  models = [model_lib.from_checkpoint(towers.loaded), model_lib.load(out)]
-  about['cosines'] = verify.cosines(_sides(models[0]), _sides(models[1]), inputs)
+  models.append(model_lib.load(out))
+  about['cosines'] = verify.cosines(*(verify.embed(_sides(model), inputs) for model in models))
   _finish(out, about)
   yield _cosine_line(about['cosines'])
   verify.check(about['cosines'])
@@ -67,16 +67,37 @@ def export(loaded: checkpoint.Loaded, kind: str, out: pathlib.Path, *, data: pat
     yield 'int8: ' + _cosine_line(models[-1][1])
     models[-1] = models[-1][0]
   if kind == 'onnx':
-    yield from _comparison(models, towers, out, data)
+    yield from _comparison(models, out, asked)
+
+
+def _in_open_clip(out: pathlib.Path, about: dict[str, Any], model: model_lib.Model, inputs: verify.Inputs,
+                  asked: verify.Questions | None) -> Iterator[str]:
+  """What real open_clip makes of the folder, where it is installed."""
+  ours, asking = verify.embed(_sides(model), inputs), dict(inputs)
+  if asked:
+    ours |= {'image/questions': model.encode_image(asked.images_NxSxSx3), 'text/concepts': model.encode_text(asked.concepts)}
+    asking |= {'image/questions': asked.images_NxSxSx3, 'text/concepts': model.tokenizer.encode(asked.concepts, model.context)}
+  theirs = open_clip.embed(out, asking)
+  if not theirs:
+    _finish(out, {**about, 'cosines': None})
+    yield open_clip.UNVERIFIED
+    return
+  lowest = verify.cosines(ours, theirs)
+  _finish(out, {**about, 'cosines': lowest})
+  yield _cosine_line(lowest)
+  verify.check(lowest)
+  for name, rows in (('JAX', ours), ('real open_clip', theirs)) if asked else ():
+    accuracy = verify.accuracy(rows['image/questions'], rows['text/concepts'], asked.labels_N)
+    yield f'{name}: zero-shot top-1 {100 * accuracy:.2f} %'
 
 
 def _token_heads(out: pathlib.Path, about: dict[str, Any], loaded: checkpoint.Loaded, towers: towers_lib.Towers,
                  inputs: Any) -> Iterator[str]:
   heads = towers_lib.token_heads(loaded)
   written = onnx_files.write_token_heads(towers, heads, loaded.config.objective.token_matching.epsilon, out)
-  names = {'image': heads[0], 'text': heads[1]}
-  cosines = verify.cosines({name: jax.jit(head) for name, head in names.items()},
-                           {name: exported.onnx_tower(out / written[name]) for name in names}, inputs)
+  ours = {name: jax.jit(head) for name, head in zip(('image', 'text'), heads, strict=True)}
+  theirs = {name: exported.onnx_tower(out / written[name]) for name in ours}
+  cosines = verify.cosines(verify.embed(ours, inputs), verify.embed(theirs, inputs))
   yield 'token heads: ' + _cosine_line(cosines)
   verify.check(cosines)
   _finish(out, {**about, 'tokens': written})
@@ -89,24 +110,25 @@ def _quantized(out: pathlib.Path, about: dict[str, Any], reference: model_lib.Mo
   (folder / about['tokenizer']).write_bytes((out / about['tokenizer']).read_bytes())
   _finish(folder, about)
   model = model_lib.load(folder)
-  cosines = verify.cosines(_sides(reference), _sides(model), inputs)
+  cosines = verify.cosines(*(verify.embed(_sides(side), inputs) for side in (reference, model)))
   _finish(folder, {**about, 'cosines': cosines})
   return model, cosines
 
 
-def _comparison(models: list[model_lib.Model], towers: towers_lib.Towers, out: pathlib.Path,
-                data: pathlib.Path | None) -> Iterator[str]:
+def _comparison(models: list[model_lib.Model], out: pathlib.Path, asked: verify.Questions | None) -> Iterator[str]:
   """Accuracy, size and latency, a line a model."""
   folders = [None, out, out / 'int8'][:len(models)]
-  accuracies = verify.accuracy(models, towers, data) if data else None
-  example = np.zeros((1, *towers.image_item.shape), np.uint8)
+  example = np.zeros((1, models[0].preprocessing['size'], models[0].preprocessing['size'], 3), np.uint8)
   for i, (model, folder) in enumerate(zip(models, folders, strict=True)):
     tower = exported.onnx_tower(folder / 'image.onnx', threads=1) if folder else model.image_tower
     name = ('JAX, all threads', 'ONNX, one thread', 'int8, one thread')[i]
     line = f'{name}: {verify.latency(tower, example):.2f} ms an image'
     if folder:
       line += ''.join(f', {name} {(folder / name).stat().st_size / 1e6:.2f} MB' for name in ('image.onnx', 'text.onnx'))
-    yield line + (f', zero-shot top-1 {100 * accuracies[i]:.2f} %' if accuracies else '')
+    if asked:
+      accuracy = verify.accuracy(model.encode_image(asked.images_NxSxSx3), model.encode_text(asked.concepts), asked.labels_N)
+      line += f', zero-shot top-1 {100 * accuracy:.2f} %'
+    yield line
 
 
 def _sides(model: model_lib.Model) -> dict[str, Callable]:

@@ -7,6 +7,8 @@ import sys
 import numpy as np
 import torch
 
+BATCH = 256
+
 # torchvision without its compiled operators registers fakes for them at import; this declares the operators by name.
 if not hasattr(torch.ops.torchvision, 'nms'):
   _library = torch.library.Library('torchvision', 'DEF')
@@ -24,11 +26,13 @@ def main(folder: str, source: str, target: str) -> None:
   out = {}
   with torch.no_grad():
     for name, rows in np.load(source).items():
+      parts = np.array_split(rows, -(-len(rows) // BATCH))
       if name.startswith('image'):
-        batch = torch.stack([preprocess(PIL.Image.fromarray(row)) for row in rows])
-        out[name] = model.encode_image(batch, normalize=True).numpy()
+        batches = (torch.stack([preprocess(PIL.Image.fromarray(row)) for row in part]) for part in parts)
+        out[name] = np.concatenate([model.encode_image(batch, normalize=True).numpy() for batch in batches])
       else:
-        out[name] = model.encode_text(torch.from_numpy(rows).long(), normalize=True).numpy()
+        batches = (torch.from_numpy(part).long() for part in parts)
+        out[name] = np.concatenate([model.encode_text(batch, normalize=True).numpy() for batch in batches])
   np.savez(target, **out)
 
 

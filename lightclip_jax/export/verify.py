@@ -1,24 +1,31 @@
 """Proof that an export is the model: cosines against the JAX towers on noise and on real examples.
 
-Letters: N examples, S image size, W text positions, D embedding.
+Letters: N examples, C concepts, S image size, W text positions, D embedding.
 """
 import pathlib
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from lightclip_jax.data import datasets, manifest, pipeline, transforms
 from lightclip_jax.errors import UserError
 from lightclip_jax.export.towers import Towers
-from lightclip_jax.inference.model import Model
 
 MIN_COSINE = 0.9999
 EXAMPLES = 32
 PREFERRED = 'heldout_style'   # the split that tells most, where there is one
 
-Inputs = Mapping[str, np.ndarray]   # 'image' uint8 [N, S, S, 3], 'text' int32 [N, W]
+Inputs = Mapping[str, np.ndarray]   # TOWER/KIND -> examples: 'image/noise' uint8 [N, S, S, 3], 'text/noise' int32 [N, W], …
+
+
+class Questions(NamedTuple):
+  """Images, each of which shows one of the concepts."""
+  images_NxSxSx3: np.ndarray
+  concepts: Sequence[str]
+  labels_N: np.ndarray
 
 
 def noise(towers: Towers, seed: int = 0) -> Inputs:
@@ -29,15 +36,14 @@ def noise(towers: Towers, seed: int = 0) -> Inputs:
   tokens_NxW = np.full((EXAMPLES, context), tokenizer.pad_id, np.int32)
   for row_W, length in zip(tokens_NxW, rng.integers(2, context + 1, EXAMPLES), strict=True):
     row_W[:length] = [tokenizer.start_id, *rng.choice(words, length - 2), tokenizer.end_id]
-  return {'image': rng.integers(0, 256, (EXAMPLES, *towers.image_item.shape), np.uint8), 'text': tokens_NxW}
+  return {'image/noise': rng.integers(0, 256, (EXAMPLES, *towers.image_item.shape), np.uint8), 'text/noise': tokens_NxW}
 
 
 def real(towers: Towers, folder: pathlib.Path) -> Inputs:
-  """The first examples of the split that `accuracy` measures on."""
+  """The first examples of the split that `questions` are of."""
   records = _records(towers, folder)[:EXAMPLES]
-  size, context = towers.image_item.shape[0], towers.text_item.shape[0]
-  images = [transforms.evaluation_transform(transforms.decode(record.image), size) for record in records]
-  return {'image': np.stack(images), 'text': towers.loaded.tokenizer.encode([r.captions[0] for r in records], context)}
+  return {'image/real': _images(towers, records),
+          'text/real': towers.loaded.tokenizer.encode([r.captions[0] for r in records], towers.text_item.shape[0])}
 
 
 def prepared_folder(name: str) -> pathlib.Path | None:
@@ -46,15 +52,18 @@ def prepared_folder(name: str) -> pathlib.Path | None:
   return folder if (folder / manifest.FILE_NAME).is_file() else None
 
 
-def cosines(reference: Mapping[str, Callable], exported: Mapping[str, Callable], inputs: Mapping[str, Inputs]
-            ) -> dict[str, float]:
-  """The lowest cosine of each tower on each kind of input: {'image/noise': 1.0, …}. NaN counts as -1."""
+def embed(sides: Mapping[str, Callable], inputs: Inputs) -> dict[str, np.ndarray]:
+  """What the towers give for the inputs, by the same names."""
+  return {name: np.asarray(sides[name.split('/')[0]](examples)) for name, examples in inputs.items()}
+
+
+def cosines(reference: Mapping[str, np.ndarray], exported: Mapping[str, np.ndarray]) -> dict[str, float]:
+  """The lowest cosine of the embeddings [N, D] under each name: {'image/noise': 1.0, …}. NaN counts as -1."""
   out = {}
-  for kind, batch in inputs.items():
-    for tower, examples in batch.items():
-      a, b = (np.asarray(side[tower](examples), np.float64) for side in (reference, exported))
-      cosine = (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
-      out[f'{tower}/{kind}'] = float(np.nan_to_num(cosine, nan=-1.0).min())
+  for name, rows_NxD in reference.items():
+    a, b = (np.asarray(rows, np.float64) for rows in (rows_NxD, exported[name]))
+    cosine = (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
+    out[name] = float(np.nan_to_num(cosine, nan=-1.0).min())
   return out
 
 
@@ -65,17 +74,18 @@ def check(lowest: Mapping[str, float]) -> None:
       raise UserError(f'the export is not the model: cosine {value:.6f} on {name}; it must be at least {MIN_COSINE}')
 
 
-def accuracy(models: Sequence[Model], towers: Towers, folder: pathlib.Path) -> list[float] | None:
-  """Zero-shot top-1 over all concepts of the held-out style (else of the config's first split), in [0, 1], a model; None
-  for data without concepts."""
-  contents = manifest.load(folder)
-  if not contents.concepts:
+def questions(towers: Towers, folder: pathlib.Path) -> Questions | None:
+  """The held-out style (else the config's first split) and all concepts of the data; None where they have none."""
+  concepts = manifest.load(folder).concepts
+  if not concepts:
     return None
   records = _records(towers, folder)
-  images = np.stack([transforms.evaluation_transform(transforms.decode(r.image), towers.image_item.shape[0]) for r in records])
-  labels = np.array([contents.concepts.index(record.concept) for record in records])
-  return [float(np.mean((m.encode_image(images) @ m.encode_text(contents.concepts).T).argmax(axis=1) == labels))
-          for m in models]
+  return Questions(_images(towers, records), concepts, np.array([concepts.index(record.concept) for record in records]))
+
+
+def accuracy(images_NxD: np.ndarray, concepts_CxD: np.ndarray, labels_N: np.ndarray) -> float:
+  """Zero-shot top-1, in [0, 1]."""
+  return float(np.mean((images_NxD @ concepts_CxD.T).argmax(axis=1) == labels_N))
 
 
 def latency(tower: Callable, example: np.ndarray, runs: int = 30) -> float:
@@ -93,3 +103,8 @@ def _records(towers: Towers, folder: pathlib.Path) -> Sequence:
   if not splits:
     raise UserError(f'{str(folder)!r} has none of the splits {", ".join(towers.loaded.config.evaluation.splits)}')
   return pipeline.evaluation_records(folder, PREFERRED if PREFERRED in splits else splits[0])
+
+
+def _images(towers: Towers, records: Sequence) -> np.ndarray:
+  size = towers.image_item.shape[0]
+  return np.stack([transforms.evaluation_transform(transforms.decode(record.image), size) for record in records])
