@@ -111,7 +111,8 @@ class Checkpointer:
     except OSError as error:
       if jax.process_count() > 1 or not storage.passing(error):
         raise
-      distributed.say(f'checkpoint {self._saving} could not be written: {error}; those before it are whole, and training goes on')
+      distributed.say(f'checkpoint {self._saving} could not be written: {error}; those before it are whole, and training '
+                      'goes on')
 
   def _score(self, metrics: Mapping[str, float] | None) -> dict[str, float] | None:
     best = self._config.best

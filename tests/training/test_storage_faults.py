@@ -74,7 +74,8 @@ def test_storage_that_stays_broken_ends_with_one_line(tmp_path, failures, capsys
   assert last.startswith('error: Input/output error: ') and str(tmp_path / 'checkpoints') in last and newest(tmp_path) == (1, 1)
 
 
-@pytest.mark.parametrize('number, passes', [(errno.EIO, True), (errno.ETIMEDOUT, True), (errno.ENOSPC, False), (errno.EROFS, False)])
+@pytest.mark.parametrize('number, passes', [
+  (errno.EIO, True), (errno.ETIMEDOUT, True), (errno.ENOSPC, False), (errno.EROFS, False)])
 def test_only_what_may_pass_is_waited_for(monkeypatch, number, passes):
   monkeypatch.setattr(storage, 'PAUSES', (0, 0, 0))
   calls = []
