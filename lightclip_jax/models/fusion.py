@@ -76,6 +76,7 @@ def check(model: config.Model) -> None:
 
 def _pool_to(map_BxHxWxc: jax.Array, grid: tuple[int, int]) -> jax.Array:
   """Average-pooled to the last stage's grid, so that attention costs the same whatever the stage."""
+  map_BxHxWxc = jax.lax.optimization_barrier(map_BxHxWxc)
   batch, height, width, channels = map_BxHxWxc.shape
   if height % grid[0] == 0 and width % grid[1] == 0:   # a plain sum, which compilers fuse; those of TPU v4 and v5p need it
     return map_BxHxWxc.reshape(batch, grid[0], height // grid[0], grid[1], width // grid[1], channels).mean((2, 4))

@@ -39,9 +39,9 @@ class Batch:
   teacher_text: jax.Array | None = None    # float16 [B, E]
 
 
-def abstract_batch(config: config_lib.Config, mesh: jax.sharding.Mesh) -> Batch:
-  """Shapes, dtypes and shardings of a global batch, for compiling ahead of time."""
-  size, context, masked = config.model.image.size, config.model.text.context, config.data.max_masked
+def abstract_batch(config: config_lib.Config, mesh: jax.sharding.Mesh, length: int | None = None) -> Batch:
+  """Shapes, dtypes and shardings of a global batch, for compiling ahead of time; W is `length`, None: the context."""
+  size, context, masked = config.model.image.size, length or config.model.text.context, config.data.max_masked
   place = sharding.batch_sharding(mesh)
 
   def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
@@ -103,14 +103,15 @@ class Trainer:
     """Where each part of the state lives."""
     return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
 
-  def lower_step(self) -> Any:
-    """The step for the mesh's platform, not yet compiled. The state's buffers are donated."""
+  def lower_step(self, length: int | None = None) -> Any:
+    """The step for the mesh's platform and texts of `length` (None: the context), not yet compiled. The state's buffers are
+    donated."""
     step = jax.jit(self.step, donate_argnums=0, out_shardings=(self.places, sharding.replicated(self.mesh)))
-    return step.lower(self.abstract_state(), abstract_batch(self.config, self.mesh))
+    return step.lower(self.abstract_state(), abstract_batch(self.config, self.mesh, length))
 
-  def compile_step(self) -> Any:
-    """The step, compiled ahead of time. The state's buffers are donated: the argument must not be used again."""
-    return self.lower_step().compile()
+  def compile_step(self, length: int | None = None) -> Any:
+    """`lower_step`, compiled ahead of time. The state's buffers are donated: the argument must not be used again."""
+    return self.lower_step(length).compile()
 
   def step(self, state: state_lib.TrainState, batch: Batch) -> tuple[state_lib.TrainState, dict[str, jax.Array]]:
     """One update on one global batch. Metrics are float32 scalars.
