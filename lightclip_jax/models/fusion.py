@@ -21,8 +21,9 @@ class Injection(nn.Module):
   def __call__(self, hidden_BxWxC: jax.Array, map_Bxhxwxc: jax.Array) -> jax.Array:
     """Words query the stage's patches ("cross_attention"), or get its projected mean ("add")."""
     batch, _, width = hidden_BxWxC.shape
-    patches_BxPxc = nn.LayerNorm(1e-5, dtype=hidden_BxWxC.dtype, name='image_norm')(
-        map_Bxhxwxc.reshape(batch, -1, map_Bxhxwxc.shape[-1]).astype(hidden_BxWxC.dtype))
+    # Without the barrier the compiler for TPU v4 and v5p fuses rows and columns into the products over patches, and aborts.
+    patches_BxPxc = jax.lax.optimization_barrier(map_Bxhxwxc.reshape(batch, -1, map_Bxhxwxc.shape[-1]))
+    patches_BxPxc = nn.LayerNorm(1e-5, dtype=hidden_BxWxC.dtype, name='image_norm')(patches_BxPxc.astype(hidden_BxWxC.dtype))
     if self.op == 'add':
       out = layers.Dense(width, name='project')(patches_BxPxc.mean(1, keepdims=True))
     else:
