@@ -1,4 +1,4 @@
-"""open_clip's training step, as its own loop makes it; runs in an interpreter with PyTorch. `benchmarks/train_step.py` starts it.
+"""open_clip's training step, as its own loop makes it; `benchmarks/train_step.py` starts it in an interpreter with PyTorch.
 
 Imports nothing of ours. Arguments: TOWER DTYPE COMPILE BATCH SIZE CONTEXT VOCABULARY WIDTH LAYERS. Prints a line when it is
 ready, and for each line that it reads the seconds of so many steps.
@@ -35,8 +35,9 @@ def main(tower, dtype, compiled, *numbers):
       output_dict=True).to(device, memory_format=torch.channels_last)
   plain = [p for n, p in model.named_parameters() if p.ndim < 2 or 'bn' in n or 'ln' in n or 'bias' in n or 'logit_scale' in n]
   known = set(map(id, plain))
+  decayed = [p for p in model.parameters() if id(p) not in known]
   optimizer = torch.optim.AdamW(
-      [dict(params=plain, weight_decay=0.0), dict(params=[p for p in model.parameters() if id(p) not in known], weight_decay=0.1)],
+      [dict(params=plain, weight_decay=0.0), dict(params=decayed, weight_decay=0.1)],
       lr=1e-3, betas=(0.9, 0.98), eps=1e-6)
   images = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
   texts = torch.randint(1, vocabulary - 1, (batch, context), device=device)

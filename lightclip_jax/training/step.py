@@ -5,7 +5,7 @@ E a teacher's embedding.
 """
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -56,11 +56,19 @@ def abstract_batch(config: config_lib.Config, mesh: jax.sharding.Mesh, length: i
                caption_id=array(jnp.int32), **teacher)
 
 
-def put_batch(arrays: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh) -> Batch:
-  """This process's rows as its part of the global batch on the devices."""
+def put_batch(arrays: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh, length: int | None = None) -> Batch:
+  """This process's rows as its part of the global batch on the devices, the texts cut to `length`."""
   place = sharding.batch_sharding(mesh)
+  arrays = {**arrays, **{name: arrays[name][:, :length] for name in ('tokens', 'word_mask', 'masked_tokens')}}
   return Batch(**{field.name: jax.make_array_from_process_local_data(place, arrays[field.name])
                   for field in dataclasses.fields(Batch) if field.name in arrays or not field.name.startswith('teacher')})
+
+
+def fitting_length(tokens_BxW: np.ndarray, end_id: int, lengths: Sequence[int]) -> int:
+  """The smallest of `lengths` that holds every text with its end token; W where none does."""
+  ends_BxW, context = tokens_BxW == end_id, tokens_BxW.shape[1]
+  longest = ends_BxW.argmax(1).max() + 1 if ends_BxW.any(1).all() else context
+  return min((length for length in lengths if length >= longest), default=context)
 
 
 @dataclasses.dataclass(frozen=True)
