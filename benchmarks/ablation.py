@@ -1,0 +1,180 @@
+"""Does each part of LightCLIP help, and by how much? The same run with and without each, several seeds.
+
+    python -m benchmarks.ablation --size=cpu --out=docs/ablation.jsonl [--study=rows] [--towers mbv2 rn18 swin_nano]
+    python -m benchmarks.ablation --out=docs/ablation.jsonl --report=docs/RESULTS.md      # tables and plot from the lines
+
+Every row is a run of `lightclip_jax.main` with some options changed; rows of one seed see the same examples in the same order,
+and start from the same parameters. A finished run is one line of JSON; one whose line is there is not made again, and one that
+was interrupted continues in its folder under --runs.
+"""
+import argparse
+import collections
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import tqdm
+
+Options = dict[str, Any]
+
+PLAIN = {'objective.contrastive.alpha.start': 0.0, 'objective.contrastive.alpha.end': 0.0}
+NO_MATCHING = {'objective.token_matching.weight.start': 0.0, 'objective.token_matching.weight.end': 0.0}
+NO_MASKED_LM = {'objective.masked_lm.weight.start': 0.0, 'objective.masked_lm.weight.end': 0.0}
+SOFT_ONLY, MATCHING_ONLY, MASKED_ONLY = NO_MATCHING | NO_MASKED_LM, PLAIN | NO_MASKED_LM, PLAIN | NO_MATCHING
+CLIP = PLAIN | SOFT_ONLY
+
+
+def _each(option: str, values: Sequence[Any], base: Options | None = None) -> dict[str, Options]:
+  return {f'{option.rpartition(".")[2]} {value}': {**(base or {}), option: value} for value in values}
+
+
+STUDIES: dict[str, dict[str, Options]] = {   # name -> row -> options; everything else is the recipe's
+  'rows': {'CLIP': CLIP, '+ softened': SOFT_ONLY, '+ matching': MATCHING_ONLY, '+ masked LM': MASKED_ONLY,
+           '+ softened + matching': NO_MASKED_LM, 'full': {}},
+  'targets': {**_each('objective.contrastive.target_source', ('cross', 'intra'), SOFT_ONLY),
+              'fixed alpha': {**SOFT_ONLY, 'objective.contrastive.alpha.start': 0.1, 'objective.contrastive.alpha.end': 0.1},
+              'uniform weights': {**SOFT_ONLY, 'objective.contrastive.beta.end': 0.0},
+              **_each('objective.contrastive.duplicates', ('negative', 'positive', 'ignore'), SOFT_ONLY)},
+  'matching': {**_each('objective.token_matching.epsilon', (0.02, 0.05, 0.2), MATCHING_ONLY),
+               **_each('objective.token_matching.num_iterations', (0, 5, 20), MATCHING_ONLY),
+               **_each('objective.token_matching.group_size', (4, 8, 32), MATCHING_ONLY)},
+  'masked_lm': {**_each('model.fusion.op', ('cross_attention', 'add'), MASKED_ONLY),
+                **_each('model.fusion.stages', ('((4,2),)', '((3,1),(4,2))'), MASKED_ONLY),
+                **_each('data.mask_fraction', (0.1, 0.15, 0.3), MASKED_ONLY)},
+  'text': {**_each('model.text.causal', (False, True), CLIP),
+           **_each('model.text.depth', (1, 2, 4, 6, 12), CLIP | {'model.fusion.stages': '((4,1),)'})}}
+SIZES = {'cpu': ('quickstart', {'train.steps': 900, 'evaluation.every_steps': 900}), 'gpu': ('emoji', {}),
+         'test': ('quickstart', {'train.steps': 2, 'train.batch_size': 32, 'data.dataset': 'shapes', 'model.image.size': 32,
+                                 'model.text.vocab_size': 45, 'evaluation.splits': "('heldout_style',)"})}
+TASKS = ('flags', 'pointing', 'zero_shot:digits', 'linear_probe:digits')
+SHOWN = {'held-out style top-1': 'eval/heldout_style/concept_top1', 'top-5': 'eval/heldout_style/concept_top5',
+         'group': 'eval/heldout_style/group_top1', 'held-out images top-1': 'eval/heldout_images/concept_top1',
+         'text → image R@1': 'eval/heldout_images/text_to_image_r1',
+         'held-out concepts top-5': 'eval/heldout_concepts/concept_top5', 'flags': 'eval/flags/top1',
+         'pointing': 'eval/pointing/plan', 'digits (linear)': 'eval/linear_probe:digits/top1'}
+
+
+def runs(flags: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Options]]:
+  """What identifies each run, and its options; all rows of a seed before the next seed."""
+  variant, changes = SIZES[flags.size]
+  tasks = {} if flags.size == 'test' else {'evaluation.tasks': TASKS}
+  for tower in flags.towers:
+    for seed in range(flags.seeds):
+      for row, options in STUDIES[flags.study].items():
+        key = {'size': flags.size, 'study': flags.study, 'tower': tower, 'row': row, 'seed': seed}
+        yield key, {'config': f'configs/{tower}.py:{variant}', **tasks, **changes, **options, 'train.seed': seed}
+
+
+def run(key: dict[str, Any], options: Options, folder: pathlib.Path) -> dict[str, Any]:
+  """Trains and evaluates; the line of the record."""
+  options = dict(options)
+  workdir = folder / '-'.join(str(part).replace(' ', '_').replace('/', '_') for part in key.values())
+  command = [sys.executable, '-m', 'lightclip_jax.main', f'--config={options.pop("config")}', f'--workdir={workdir}']
+  begun = time.monotonic()
+  process = subprocess.Popen([*command, *(f'--config.{name}={value}' for name, value in options.items())], text=True,
+                             stdout=subprocess.PIPE)
+  said = process.stdout.read()
+  _, status, usage = os.wait4(process.pid, 0)
+  if status:
+    raise SystemExit(f'{key}: exit code {os.waitstatus_to_exitcode(status)}; the same command continues')
+  log = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  rates = [row['train/examples_per_second'] for row in log if 'train/examples_per_second' in row]
+  results = json.loads((workdir / 'results.json').read_text())
+  commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], text=True, capture_output=True).stdout.strip()
+  return {**key, 'options': options, 'commit': commit, 'machine': f'{platform.machine()}, {os.cpu_count()} cores',
+          'command': ' '.join(command[1:4]), 'steps': results['step'], 'seconds': time.monotonic() - begun,
+          'examples_per_second': statistics.median(rates), 'parameters': _parameters(said),
+          'peak_gigabytes': usage.ru_maxrss * 1024 / 1e9,
+          'curve': [(row['step'], row['train/loss_contrastive']) for row in log if 'train/loss_contrastive' in row][::4],
+          'metrics': {metric['name']: metric['value'] for metric in results['metrics']}}
+
+
+def _parameters(said: str) -> str:
+  """"1.70 M parameters at inference, 0.10 M more in training", as the run says."""
+  return next(line.partition(': ')[2].partition(';')[0] for line in said.splitlines() if 'parameters at inference' in line)
+
+
+def report(lines: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
+  """Replaces all that follows the line "## Tables" in `path`, and draws `ablation.svg` beside it."""
+  before = path.read_text().partition('## Tables\n')[0] if path.exists() else '# Results\n\n'
+  tables = collections.defaultdict(lambda: collections.defaultdict(list))
+  for line in lines:
+    tables[line['size'], line['study'], line['tower']][line['row']].append(line)
+  text = ''.join(_table(name, rows) for name, rows in tables.items())
+  path.write_text(f'{before}## Tables\n{text}\n![Held-out style by row](ablation.svg)\n')
+  _plot(tables, path.with_name('ablation.svg'))
+
+
+def _table(name: tuple[str, str, str], rows: dict[str, list[dict[str, Any]]]) -> str:
+  size, study, tower = name
+  every = [run['metrics'] for found in rows.values() for run in found]
+  metrics = {title: metric for title, metric in SHOWN.items() if all(metric in run for run in every)}
+  out = [f'\n### {study}, {tower}, {size}', '',
+         f'`python -m benchmarks.ablation --size={size} --study={study} --towers {tower} --out=docs/ablation.jsonl`; percent, '
+         'mean ± standard deviation over seeds.', '', f'| row | seeds | {" | ".join(metrics)} | pairs/s | GB |',
+         '|---' * (len(metrics) + 4) + '|']
+  for row, found in rows.items():
+    values = [_spread([100 * run['metrics'][metric] for run in found]) for metric in metrics.values()]
+    rate = statistics.median(run['examples_per_second'] for run in found)
+    peak = max(run['peak_gigabytes'] for run in found)
+    out.append(f'| {row} | {len(found)} | {" | ".join(values)} | {rate:.0f} | {peak:.1f} |')
+  commits = sorted({run['commit'] for found in rows.values() for run in found})
+  machines = sorted({run['machine'] for found in rows.values() for run in found})
+  return '\n'.join([*out, '', f'{"; ".join(machines)}; commit {", ".join(commits)}.', ''])
+
+
+def _spread(values: Sequence[float]) -> str:
+  return f'{statistics.mean(values):.1f}' + (f' ± {statistics.stdev(values):.1f}' if len(values) > 1 else '')
+
+
+def _plot(tables: dict[tuple[str, str, str], dict[str, list[dict[str, Any]]]], path: pathlib.Path) -> None:
+  """Held-out style top-1 of every row, a dot a seed, and the contrastive loss against steps."""
+  figure, axes = plt.subplots(len(tables), 2, figsize=(10, 1 + 2.2 * len(tables)), squeeze=False, layout='constrained')
+  for (dots, curves), (name, rows) in zip(axes, tables.items(), strict=True):
+    for place, (row, found) in enumerate(rows.items()):
+      accuracies = [100 * run['metrics']['eval/heldout_style/concept_top1'] for run in found]
+      dots.plot(accuracies, [place] * len(found), 'o', alpha=0.6)
+      curves.plot(*zip(*found[0]['curve'], strict=True), label=row)
+    dots.set_yticks(range(len(rows)), rows)
+    dots.set_xlabel(f'{", ".join(name)}: held-out style top-1, %')
+    curves.set_xlabel('step')
+    curves.set_ylabel('contrastive loss')
+    curves.legend(fontsize='x-small')
+  figure.savefig(path)
+  plt.close(figure)
+
+
+def main() -> None:
+  """Makes the runs that are missing, or the report."""
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--out', type=pathlib.Path, required=True, help='lines of JSON')
+  parser.add_argument('--report', type=pathlib.Path, help='makes this page from the lines, and runs nothing')
+  parser.add_argument('--runs', type=pathlib.Path, default=pathlib.Path('runs/ablation'))
+  parser.add_argument('--size', choices=SIZES, default='cpu')
+  parser.add_argument('--study', choices=STUDIES, default='rows')
+  parser.add_argument('--towers', nargs='+', default=['mbv2'])
+  parser.add_argument('--seeds', type=int, default=3)
+  flags = parser.parse_args()
+  lines = [json.loads(line) for line in flags.out.read_text().splitlines()] if flags.out.exists() else []
+  if flags.report:
+    report(lines, flags.report)
+    return
+  keys = [key for key, _ in runs(flags)]
+  done = [{name: line[name] for name in keys[0]} for line in lines]
+  flags.runs.mkdir(parents=True, exist_ok=True)
+  for key, options in tqdm.tqdm([pair for pair in runs(flags) if pair[0] not in done], desc='runs'):
+    line = json.dumps(run(key, options, flags.runs))
+    with flags.out.open('a') as file:
+      file.write(line + '\n')
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,62 @@
+"""The ablation's rows are configs, its record is continued, and its report is made of the record."""
+import argparse
+import json
+
+import pytest
+
+from benchmarks import ablation
+from lightclip_jax import config as config_lib
+
+
+def flags(**changes):
+  return argparse.Namespace(**{'size': 'cpu', 'study': 'rows', 'towers': ['mbv2'], 'seeds': 3, **changes})
+
+
+@pytest.mark.parametrize('study', ablation.STUDIES)
+@pytest.mark.parametrize('size', ablation.SIZES)
+def test_every_row_is_a_config_of_its_own(study, size):
+  found = list(ablation.runs(flags(study=study, size=size, towers=['mbv2', 'rn18', 'swin_nano'], seeds=2)))
+  configs = {}
+  for key, options in found:
+    configs[tuple(key.values())] = config_lib.load(options.pop('config'), {name: str(value) for name, value in options.items()})
+  assert len(configs) == 6 * len(ablation.STUDIES[study])
+  assert {config.train.seed for config in configs.values()} == {0, 1}
+  data = {(key[2], key[4], config.train.steps, config.train.batch_size) for key, config in configs.items()}
+  assert len(data) == 6, 'rows of a tower and seed see equal batches'
+
+
+def test_rows_switch_parts_on():
+  rows = {key['row']: options for key, options in ablation.runs(flags(seeds=1))}
+  for row, parts in {'CLIP': (), '+ softened': ('s',), '+ matching': ('m',), '+ masked LM': ('l',),
+                     '+ softened + matching': ('s', 'm'), 'full': ('s', 'm', 'l')}.items():
+    options = rows.pop(row)
+    objective = config_lib.load(options.pop('config'), {name: str(value) for name, value in options.items()}).objective
+    on = {'s': not objective.contrastive.alpha.is_zero, 'm': not objective.token_matching.weight.is_zero,
+          'l': not objective.masked_lm.weight.is_zero}
+    assert tuple(part for part in on if on[part]) == parts, row
+  assert not rows
+
+
+def test_what_is_recorded_is_not_run_again(tmp_path, monkeypatch):
+  made = []
+  monkeypatch.setattr(ablation, 'run', lambda key, options, folder: made.append(key) or {**key, 'metrics': {}})
+  out = tmp_path / 'a.jsonl'
+  monkeypatch.setattr('sys.argv', ['ablation', f'--out={out}', f'--runs={tmp_path / "runs"}', '--seeds=1'])
+  ablation.main()
+  out.write_text(''.join(out.read_text().splitlines(keepends=True)[:-2]))
+  ablation.main()
+  assert len(made) == 8 and made[6:] == made[4:6] and len(out.read_text().splitlines()) == 6
+
+
+def test_the_report_has_mean_and_deviation(tmp_path):
+  page, lines = tmp_path / 'RESULTS.md', []
+  for row, accuracies in {'CLIP': (0.1, 0.2, 0.3), 'full': (0.5, 0.5, 0.8)}.items():
+    for seed, accuracy in enumerate(accuracies):
+      lines.append({'size': 'cpu', 'study': 'rows', 'tower': 'mbv2', 'row': row, 'seed': seed, 'examples_per_second': 100.0,
+                    'peak_gigabytes': 1.5, 'commit': 'abc', 'machine': 'm', 'curve': [(1, 3.0), (2, 2.0)],
+                    'metrics': {'eval/heldout_style/concept_top1': accuracy}})
+  page.write_text('# Results\n\nwords\n\n## Tables\nold\n')
+  ablation.report([json.loads(json.dumps(line)) for line in lines], page)
+  text = page.read_text()
+  assert 'words' in text and 'old' not in text and (tmp_path / 'ablation.svg').exists()
+  assert '| CLIP | 3 | 20.0 ± 10.0 | 100 | 1.5 |' in text and '| full | 3 | 60.0 ± 17.3 | 100 | 1.5 |' in text
