@@ -1,5 +1,6 @@
 """With PyTorch beside (launch/parity_env.sh): real open_clip loads our folders, and real .pth files load here."""
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -13,6 +14,7 @@ import small_checkpoint
 import lightclip_jax
 from lightclip_jax import config as config_lib
 from lightclip_jax.data import tokenizers
+from lightclip_jax.data.datasets import shapes
 from lightclip_jax.errors import UserError
 from lightclip_jax.export import export, hugging_face, open_clip, towers
 from lightclip_jax.inference import checkpoint
@@ -31,9 +33,13 @@ def test_open_clip_computes_what_the_model_computes(name, causal, tmp_path):
   tokenizer = tokenizers.train(small_checkpoint.CAPTIONS * 20, 60)
   loaded = checkpoint.Loaded(1, small, small_checkpoint.random_variables(small.model), tokenizer,
                              lightclip.preprocessing(small.model))
-  print(*export.export(loaded, 'open_clip', tmp_path))
-  cosines = json.loads((tmp_path / 'model.json').read_text())['cosines']
-  assert set(cosines) == {'image/noise', 'text/noise'} and min(cosines.values()) > 0.99999
+  shapes.prepare(tmp_path / 'shapes', size=32)
+  said = list(export.export(loaded, 'open_clip', tmp_path / 'out', data=tmp_path / 'shapes'))
+  print(*said, sep='\n')
+  cosines = json.loads((tmp_path / 'out/model.json').read_text())['cosines']
+  assert set(cosines) == {f'{tower}/{kind}' for tower, kind in itertools.product(('image', 'text'), ('noise', 'real'))} | {
+      'image/questions', 'text/concepts'} and min(cosines.values()) > 0.99999
+  assert said[1].removeprefix('JAX') == said[2].removeprefix('real open_clip') and 'for 36 of 36 names' in said[3]
 
 
 TEXTS = ['a red circle', 'The  HOUSE by the sea', 'naïve café', '猫と犬', '👩\u200d👧 family', 'a cat, a dog & two "birds"!',
