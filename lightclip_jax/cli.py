@@ -1,12 +1,13 @@
-"""What all entry points share: a mistake of the user's is one line and exit code 2, Ctrl-C one line and 130, a disk that
-takes no more one line and 1."""
+"""What all entry points share: a mistake of the user's is one line and exit code 2, Ctrl-C one line and 130, storage that
+fails one line and 1."""
 import errno
 import sys
 from collections.abc import Callable
 
 from lightclip_jax.errors import UserError
 
-_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_STORAGE = (*_FULL, errno.EROFS, errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
 
 
 def run(main: Callable[[], int | None], debug: bool = False) -> int:
@@ -23,7 +24,8 @@ def run(main: Callable[[], int | None], debug: bool = False) -> int:
       raise
     named = _named(error)
     where = named.filename or 'a file that is open'
-    print(f'error: {named.strerror}: {where}; make room, and start the same command again', file=sys.stderr)
+    advice = 'make room' if error.errno in _FULL else 'see to the storage'
+    print(f'error: {named.strerror}: {where}; {advice}, and start the same command again', file=sys.stderr)
     return 1
   except KeyboardInterrupt:
     if debug:

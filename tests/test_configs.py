@@ -61,7 +61,7 @@ def test_overrides_are_literals_and_nothing_is_evaluated(tmp_path):
 @pytest.mark.parametrize('tower', TOWERS)
 def test_every_quick_start_trains(tower, tmp_path, monkeypatch):
   quick = {'xla_backend_optimization_level': 0}   # to compile
-  monkeypatch.setattr(Trainer, 'compile_step', lambda self: self.lower_step().compile(quick))
+  monkeypatch.setattr(Trainer, 'compile_step', lambda self, length=None: self.lower_step(length).compile(quick))
   overrides = {'data.dataset': 'shapes', 'model.text.vocab_size': '45', 'train.steps': '2', 'train.log_every': '1',
                'train.batch_size': '32', 'model.batch_norm': 'group:4', 'objective.token_matching.group_size': '4',
                'evaluation.splits': "('heldout_style',)"}

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import sys
 import weakref
 import zlib
@@ -31,6 +32,7 @@ from lightclip_jax.data.teacher import Teacher
 from lightclip_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
+_STARTS = 3   # of workers, for one batch
 
 
 class _Example:
@@ -194,16 +196,31 @@ class TrainBatches(Iterator[Batch]):
     self._ledger = faults.Ledger(options.max_faults, sources.open_split(folder, 'train').name)
 
   def __next__(self) -> Batch:
-    if not self._running:
-      dataset = train_dataset(self._folder, self._options, **self._arguments, first_batch=self._next_batch)
-      self._running.append(iter(dataset))
-    batch = next(self._running[0])
+    batch = self._read()
     self._next_batch += 1
     self._ledger.add(batch.pop('faults'))
     if not worker_count(self._options.workers):
       return batch
     # Copied out of the workers' shared memory, which complains when an array in it lives to the end of the program.
     return {name: np.array(values) for name, values in batch.items()}
+
+  def _read(self) -> Batch:
+    """The next batch; where a worker has died (it was killed, or memory was short), from new ones, up to `_STARTS` times."""
+    for start in range(_STARTS):
+      if not self._running:
+        dataset = train_dataset(self._folder, self._options, **self._arguments, first_batch=self._next_batch)
+        self._running.append(iter(dataset))
+      try:
+        return next(self._running[0])
+      except RuntimeError as error:
+        code = re.search(r'Worker process was terminated unexpectedly with exit code (-?\d+)', str(error))
+        if not code:
+          raise
+        said = f'a data worker of process {self._arguments["process_index"]} died (exit code {code[1]}) before batch'
+        if start + 1 == _STARTS:
+          raise UserError(f'{said} {self._next_batch}, {_STARTS} times; see the log above, and the free memory') from error
+        print(f'{said} {self._next_batch}; new ones start there', file=sys.stderr, flush=True)
+        self.close()
 
   def faults(self) -> dict[str, int]:
     """How many records this host's batches had to leave out since the run began, by reason (`faults.REASONS`)."""

@@ -21,8 +21,9 @@ class Injection(nn.Module):
   def __call__(self, hidden_BxWxC: jax.Array, map_Bxhxwxc: jax.Array) -> jax.Array:
     """Words query the stage's patches ("cross_attention"), or get its projected mean ("add")."""
     batch, _, width = hidden_BxWxC.shape
-    patches_BxPxc = nn.LayerNorm(1e-5, dtype=hidden_BxWxC.dtype, name='image_norm')(
-        map_Bxhxwxc.reshape(batch, -1, map_Bxhxwxc.shape[-1]).astype(hidden_BxWxC.dtype))
+    # Without the barrier the compiler for TPU v4 and v5p fuses rows and columns into the products over patches, and aborts.
+    patches_BxPxc = jax.lax.optimization_barrier(map_Bxhxwxc.reshape(batch, -1, map_Bxhxwxc.shape[-1]))
+    patches_BxPxc = nn.LayerNorm(1e-5, dtype=hidden_BxWxC.dtype, name='image_norm')(patches_BxPxc.astype(hidden_BxWxC.dtype))
     if self.op == 'add':
       out = layers.Dense(width, name='project')(patches_BxPxc.mean(1, keepdims=True))
     else:
@@ -76,5 +77,9 @@ def check(model: config.Model) -> None:
 
 def _pool_to(map_BxHxWxc: jax.Array, grid: tuple[int, int]) -> jax.Array:
   """Average-pooled to the last stage's grid, so that attention costs the same whatever the stage."""
-  window = tuple(-(-size // target) for size, target in zip(map_BxHxWxc.shape[1:3], grid, strict=True))
+  map_BxHxWxc = jax.lax.optimization_barrier(map_BxHxWxc)
+  batch, height, width, channels = map_BxHxWxc.shape
+  if height % grid[0] == 0 and width % grid[1] == 0:   # a plain sum, which compilers fuse; those of TPU v4 and v5p need it
+    return map_BxHxWxc.reshape(batch, grid[0], height // grid[0], grid[1], width // grid[1], channels).mean((2, 4))
+  window = (-(-height // grid[0]), -(-width // grid[1]))
   return nn.avg_pool(map_BxHxWxc, window, window, padding='SAME', count_include_pad=False)

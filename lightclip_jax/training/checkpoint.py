@@ -65,28 +65,54 @@ class Checkpointer:
     minutes = (time.monotonic() - self._last_save) / 60
     return bool(self._config.every_minutes and minutes >= self._config.every_minutes)
 
-  def save(self, step: int, state: TrainState, run: RunState, metrics: Mapping[str, float] | None = None) -> None:
+  def save(self, step: int, state: TrainState, run: RunState, metrics: Mapping[str, float] | None = None,
+           wait: bool = False) -> None:
     """Copies the state off the devices and writes it in the background. A step that is saved already is left alone.
+
+    Where storage fails for a moment, it is asked again. A save that failed in the background is told, and its place is taken by
+    this one; of several processes all end then, and start again at the one before.
 
     Args:
       step: its number.
       state: arrays.
       run: everything else.
       metrics: of an evaluation of this very state; None: there was none.
+      wait: whether to return only when it is on disk.
 
     Raises:
       UserError: if the metric that decides which is best is not among them.
-      OSError: ENOSPC, if the disk is full, now or when the save before was written.
+      OSError: if the disk is full, or storage fails for long, now or when the save before was written.
     """
+    self._finish_previous()   # its note names that step
     if step in self._manager.all_steps():
       return
     item = _as_dict(state)
-    with self._full_disk_by_name():
-      self._manager.wait_until_finished()   # of the save before: its note names that step
-      self._saving, self._bytes = step, sum(leaf.nbytes for leaf in jax.tree.leaves(item))
-      self._manager.save(step, metrics=self._score(metrics), args=ocp.args.Composite(**{
-          STATE: ocp.args.PyTreeSave(item), RUN: ocp.args.JsonSave(_sealed(run, checksum.checksums(item)))}))
+    self._saving, self._bytes = step, sum(leaf.nbytes for leaf in jax.tree.leaves(item))
+    arguments = ocp.args.Composite(**{
+        STATE: ocp.args.PyTreeSave(item), RUN: ocp.args.JsonSave(_sealed(run, checksum.checksums(item)))})
+
+    def write() -> None:
+      with self._storage_errors():
+        self._manager.save(step, metrics=self._score(metrics), args=arguments)
+        if wait:
+          self._manager.wait_until_finished()
+
+    if jax.process_count() == 1:
+      storage.persistently(write, f'checkpoint {step}')
+    else:
+      write()
     self._last_save = time.monotonic()
+
+  def _finish_previous(self) -> None:
+    """Returns when no save is under way."""
+    try:
+      with self._storage_errors():
+        self._manager.wait_until_finished()
+    except OSError as error:
+      if jax.process_count() > 1 or not storage.passing(error):
+        raise
+      distributed.say(f'checkpoint {self._saving} could not be written: {error}; those before it are whole, and training '
+                      'goes on')
 
   def _score(self, metrics: Mapping[str, float] | None) -> dict[str, float] | None:
     best = self._config.best
@@ -156,26 +182,25 @@ class Checkpointer:
     except (ValueError, KeyError, TypeError):
       return -1   # damaged itself; yet it was there
 
-  def wait(self) -> None:
-    """Returns when the save under way is on disk. Raises OSError, ENOSPC, if that is full."""
-    with self._full_disk_by_name():
-      self._manager.wait_until_finished()
-
   def close(self) -> None:
-    """Waits and releases the threads. Raises as `wait`."""
-    with self._full_disk_by_name():
+    """Waits for a save under way, and releases the threads. Raises OSError as `save`."""
+    with self._storage_errors():
       self._manager.close()
 
   @contextlib.contextmanager
-  def _full_disk_by_name(self) -> Iterator[None]:
-    """TensorStore's error for a full disk becomes the system's own, with the folder's name."""
+  def _storage_errors(self) -> Iterator[None]:
+    """TensorStore's errors become the system's own, with the folder's name; a save that failed leaves nothing behind."""
     try:
       yield
-    except ValueError as error:
-      if 'RESOURCE_EXHAUSTED' not in str(error) or 'writing' not in str(error):
+    except (OSError, ValueError) as error:
+      if isinstance(error, ValueError) and 'writing' not in str(error):
         raise
-      needed = f'{os.strerror(errno.ENOSPC)}, and a checkpoint needs {self._bytes / 1e6:,.1f} MB'
-      raise OSError(errno.ENOSPC, needed, str(self._manager.directory)) from error
+      self._manager.reload()
+      if isinstance(error, OSError):
+        raise
+      full = 'RESOURCE_EXHAUSTED' in str(error)
+      said = f'{os.strerror(errno.ENOSPC)}, and a checkpoint needs {self._bytes / 1e6:,.1f} MB' if full else str(error)[:200]
+      raise OSError(errno.ENOSPC if full else errno.EIO, said, str(self._manager.directory)) from error
 
 
 def _options(config: config_lib.Checkpoint, saved: Callable[[], None]) -> ocp.CheckpointManagerOptions:

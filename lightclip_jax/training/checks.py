@@ -11,8 +11,8 @@ from lightclip_jax.data import manifest, tokenizers
 from lightclip_jax.errors import UserError
 
 # These may change between a run and its continuation: they do not change what is learnt.
-FREE = ('train.log_every', 'train.accumulate', 'train.max_skipped', 'train.name_nans', 'train.watchdog_minutes',
-        'train.watchdog_exit', 'checkpoint', 'evaluation', 'mesh', 'data.workers', 'data.prefetch',
+FREE = ('train.log_every', 'train.accumulate', 'train.text_lengths', 'train.max_skipped', 'train.name_nans',
+        'train.watchdog_minutes', 'train.watchdog_exit', 'checkpoint', 'evaluation', 'mesh', 'data.workers', 'data.prefetch',
         'data.dataset', 'data.tokenizer', 'data.image_root', 'data.max_faults', 'name')
 
 
@@ -88,7 +88,7 @@ def check_teacher(config: config_lib.Config, dim: int) -> None:
 
 
 def check_steps(config: config_lib.Config) -> None:
-  """Counts that must be positive.
+  """Counts that must be positive, and lengths of texts.
 
   Raises:
     UserError: naming the first that is not.
@@ -98,6 +98,10 @@ def check_steps(config: config_lib.Config) -> None:
                       ('evaluation.batch_size', config.evaluation.batch_size), ('checkpoint.keep', config.checkpoint.keep)):
     if value < 1:
       raise UserError(f'{name} is {value}; it must be at least 1')
+  for length in config.train.text_lengths:
+    if not 2 <= length <= config.model.text.context:
+      raise UserError(f'train.text_lengths has {length}; a text has 2 to model.text.context {config.model.text.context} '
+                      'positions')
 
 
 def claim_workdir(workdir: storage.Path, config: config_lib.Config) -> None:

@@ -9,7 +9,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ from lightclip_jax.data import datasets, pipeline, teacher
 from lightclip_jax.models import lightclip
 from lightclip_jax.training import checkpoint as checkpoint_lib
 from lightclip_jax.training import checks, evaluator, health, initialise, metrics, preemption
-from lightclip_jax.training.step import Batch, Trainer, put_batch
+from lightclip_jax.training.step import Batch, Trainer, fitting_length, put_batch
 
 SLOW_SECONDS = 2 * 3600.0   # a run on a CPU that will take longer is advised to be the quick start
 
@@ -56,6 +56,9 @@ class Run:
     evaluator.tasks_of(config)
     self._trainer = Trainer.create(config, self._mesh)
     self._abstract = self._trainer.abstract_state()
+    # Of several processes none knows the others' texts.
+    self._lengths = {config.model.text.context, *(config.train.text_lengths if jax.process_count() == 1 else ())}
+    self._steps: dict[int, Callable] = {}   # compiled, by the length of the texts
     with distributed.first_alone('data'):
       folder = datasets.resolve(config.data.dataset, config.data)
     checks.check_splits(config, folder)
@@ -116,9 +119,7 @@ class Run:
         self._save()
     if self.step == total and self.config.checkpoint.best:
       self._scores = self._evaluator.evaluate(self.step, self.state.evaluation_variables)
-    self._save()
-    with self.watchdog.waiting_for('the checkpoint to be written'):
-      self._checkpointer.wait()
+    self._save(wait=True)
     return self.step >= total
 
   def finish(self) -> None:
@@ -147,10 +148,12 @@ class Run:
       distributed.say(f'without an accelerator this will take about {metrics.duration(seconds)}; the variant :quickstart '
                       'of the same config takes minutes')
 
-  def _compile(self) -> None:
-    start = time.perf_counter()
-    self._compiled_step = self._trainer.compile_step()
-    distributed.say(f'compiled the step in {metrics.duration(time.perf_counter() - start)}')
+  def _compile(self, length: int | None = None) -> None:
+    """The step for texts of that length; None: of the length that is likely first."""
+    length, start = length or min(self._lengths), time.perf_counter()
+    self._steps[length] = self._trainer.compile_step(length)
+    texts = f' for texts of {length}' if len(self._lengths) > 1 else ''
+    distributed.say(f'compiled the step{texts} in {metrics.duration(time.perf_counter() - start)}')
 
   def _compile_and_initialise(self) -> None:
     with concurrent.futures.ThreadPoolExecutor(1) as pool:   # both are compilations, of which each keeps one core busy
@@ -165,9 +168,14 @@ class Run:
     with self.watchdog.waiting_for('data'):
       arrays = next(self._batches)
     self._clock.waited(time.perf_counter() - start)
-    self._scores, batch = None, put_batch(arrays, self._mesh)
+    length = fitting_length(arrays['tokens'], self.config.model.text.end_id, self._lengths)
+    if length not in self._steps:
+      self._settle()
+      with self._outside_training():
+        self._compile(length)
+    self._scores, batch = None, put_batch(arrays, self._mesh, length)
     with self.watchdog.waiting_for('the devices, or another process at a step'):
-      self.state, fresh = self._compiled_step(self.state, batch)
+      self.state, fresh = self._steps[length](self.state, batch)
       self._settle()
     self.step += 1
     self._pending, self._faults = (fresh, arrays['example_id']), self._batches.faults()
@@ -213,10 +221,10 @@ class Run:
       self._writer.write(self.step, self._scores)
     self._last_evaluation = time.monotonic()
 
-  def _save(self) -> None:
+  def _save(self, wait: bool = False) -> None:
     self._settle()
-    with self._outside_training(), self.watchdog.waiting_for('the checkpoint before this one to be written'):
-      self._checkpointer.save(self.step, self.state, metrics=self._scores, run=checkpoint_lib.RunState(
+    with self._outside_training(), self.watchdog.waiting_for('a checkpoint to be written'):
+      self._checkpointer.save(self.step, self.state, metrics=self._scores, wait=wait, run=checkpoint_lib.RunState(
           iterator=self._batches.state(), meter=self._meter.state(), health=self._health.state(),
           config=dataclasses.asdict(self.config), preprocessing=lightclip.preprocessing(self.config.model),
           tokenizer=base64.b64encode(self._tokenizer.to_bytes()).decode(), tokenizer_kind=self._tokenizer.suffix))

@@ -1,4 +1,5 @@
 """Metrics: averaged over an interval on the host, written to the console, `metrics.jsonl` and TensorBoard."""
+import functools
 import json
 import math
 import pathlib
@@ -84,7 +85,7 @@ class MetricWriter:
       kept = [line for line in old.read_text().splitlines() if _step_of(line) <= resume_step]
       storage.write_text(path, ''.join(line + '\n' for line in kept))
     self._last = kept[-1:]   # the evaluation of a run that was complete, but for its report
-    self._file = path.open('a', buffering=1)
+    self._file = path.open('ab', buffering=0)
     self._board = tensorboardX.SummaryWriter(str(self._local / 'tensorboard'), purge_step=resume_step + 1)
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -93,7 +94,7 @@ class MetricWriter:
     line = json.dumps({'step': step, **values}, allow_nan=False)
     if line in self._last:
       return
-    self._file.write(line + '\n')
+    storage.persistently(lambda: self._file.write(line.encode() + b'\n'), 'metrics.jsonl')
     for name, value in values.items():
       self._board.add_scalar(name, value, step)
     if time.monotonic() - self._copied > COPY_SECONDS:
@@ -107,7 +108,7 @@ class MetricWriter:
     for file in self._local.rglob('*.*'):
       place = self._workdir / file.relative_to(self._local)
       place.parent.mkdir(parents=True, exist_ok=True)
-      place.write_bytes(file.read_bytes())
+      storage.persistently(functools.partial(place.write_bytes, file.read_bytes()), file.name)
     self._copied = time.monotonic()
 
   def close(self) -> None:

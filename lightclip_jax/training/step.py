@@ -5,7 +5,7 @@ E a teacher's embedding.
 """
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -39,9 +39,9 @@ class Batch:
   teacher_text: jax.Array | None = None    # float16 [B, E]
 
 
-def abstract_batch(config: config_lib.Config, mesh: jax.sharding.Mesh) -> Batch:
-  """Shapes, dtypes and shardings of a global batch, for compiling ahead of time."""
-  size, context, masked = config.model.image.size, config.model.text.context, config.data.max_masked
+def abstract_batch(config: config_lib.Config, mesh: jax.sharding.Mesh, length: int | None = None) -> Batch:
+  """Shapes, dtypes and shardings of a global batch, for compiling ahead of time; W is `length`, None: the context."""
+  size, context, masked = config.model.image.size, length or config.model.text.context, config.data.max_masked
   place = sharding.batch_sharding(mesh)
 
   def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
@@ -56,11 +56,19 @@ def abstract_batch(config: config_lib.Config, mesh: jax.sharding.Mesh) -> Batch:
                caption_id=array(jnp.int32), **teacher)
 
 
-def put_batch(arrays: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh) -> Batch:
-  """This process's rows as its part of the global batch on the devices."""
+def put_batch(arrays: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh, length: int | None = None) -> Batch:
+  """This process's rows as its part of the global batch on the devices, the texts cut to `length`."""
   place = sharding.batch_sharding(mesh)
+  arrays = {**arrays, **{name: arrays[name][:, :length] for name in ('tokens', 'word_mask', 'masked_tokens')}}
   return Batch(**{field.name: jax.make_array_from_process_local_data(place, arrays[field.name])
                   for field in dataclasses.fields(Batch) if field.name in arrays or not field.name.startswith('teacher')})
+
+
+def fitting_length(tokens_BxW: np.ndarray, end_id: int, lengths: Sequence[int]) -> int:
+  """The smallest of `lengths` that holds every text with its end token; W where none does."""
+  ends_BxW, context = tokens_BxW == end_id, tokens_BxW.shape[1]
+  longest = ends_BxW.argmax(1).max() + 1 if ends_BxW.any(1).all() else context
+  return min((length for length in lengths if length >= longest), default=context)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,14 +111,15 @@ class Trainer:
     """Where each part of the state lives."""
     return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
 
-  def lower_step(self) -> Any:
-    """The step for the mesh's platform, not yet compiled. The state's buffers are donated."""
+  def lower_step(self, length: int | None = None) -> Any:
+    """The step for the mesh's platform and texts of `length` (None: the context), not yet compiled. The state's buffers are
+    donated."""
     step = jax.jit(self.step, donate_argnums=0, out_shardings=(self.places, sharding.replicated(self.mesh)))
-    return step.lower(self.abstract_state(), abstract_batch(self.config, self.mesh))
+    return step.lower(self.abstract_state(), abstract_batch(self.config, self.mesh, length))
 
-  def compile_step(self) -> Any:
-    """The step, compiled ahead of time. The state's buffers are donated: the argument must not be used again."""
-    return self.lower_step().compile()
+  def compile_step(self, length: int | None = None) -> Any:
+    """`lower_step`, compiled ahead of time. The state's buffers are donated: the argument must not be used again."""
+    return self.lower_step(length).compile()
 
   def step(self, state: state_lib.TrainState, batch: Batch) -> tuple[state_lib.TrainState, dict[str, jax.Array]]:
     """One update on one global batch. Metrics are float32 scalars.

@@ -1,8 +1,10 @@
 """The order of examples: what it depends on, what it must not depend on, and how it continues."""
 import itertools
 import json
+import multiprocessing
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -216,6 +218,33 @@ def _alive(pid):
       return file.read().rsplit(')', 1)[1].split()[0] != 'Z'
   except FileNotFoundError:
     return False
+
+
+def test_a_worker_that_died_is_named_and_replaced(shapes_folder, capfd):
+  batches, expected = _batches(shapes_folder, workers=1), _take(_batches(shapes_folder), 30)
+  seen = [next(batches) for _ in range(2)]
+  os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+  seen += _take(batches, 28)   # more than were ready
+  _assert_equal(seen, expected)
+  said = r'a data worker of process 0 died \(exit code -9\) before batch \d+; new ones start there'
+  assert re.search(said, capfd.readouterr().err)
+
+
+def test_workers_that_die_again_and_again_end_the_run(shapes_folder, monkeypatch):
+  class Dead:
+    def __iter__(self):
+      return self
+
+    def __next__(self):
+      raise RuntimeError('Worker process was terminated unexpectedly with exit code -9. Search the logs above')
+
+    def close(self):
+      pass
+
+  batches = _batches(shapes_folder)
+  monkeypatch.setattr(pipeline, 'train_dataset', lambda *_, **__: Dead())
+  with pytest.raises(UserError, match='a data worker of process 0 died .exit code -9. before batch 0, 3 times'):
+    next(batches)
 
 
 @pytest.mark.parametrize('how', [signal.SIGINT, signal.SIGKILL])

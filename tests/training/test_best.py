@@ -24,8 +24,7 @@ def save_all(folder, scores, **options):
   keeper = checkpoint.Checkpointer(folder, config_lib.Checkpoint(keep=2, best=NAME, **options))
   for step, score in enumerate(scores, 1):
     keeper.save(step, state_of(step), run_of(step), None if score is None else {NAME: score, 'eval/x/other': 0.0})
-  keeper.wait()
-  return keeper
+  keeper.close()
 
 
 @pytest.mark.parametrize('scores, options, best, kept', [
@@ -34,9 +33,8 @@ def save_all(folder, scores, **options):
   ([0.1, float('nan'), 0.0, 0.05], {}, 1, [1, 3, 4]),
 ])
 def test_the_best_and_the_newest_are_kept(tmp_path, scores, options, best, kept):
-  keeper = save_all(tmp_path, scores, **options)
+  save_all(tmp_path, scores, **options)
   assert sorted(int(path.name) for path in (tmp_path / 'checkpoints').iterdir() if path.name.isdigit()) == kept
-  keeper.close()
   again = checkpoint.Checkpointer(tmp_path, config_lib.Checkpoint(keep=2, best=NAME, **options))
   state, run = again.restore(state_of(0))
   assert int(state.step) == len(scores) and run.iterator == {'next_batch': len(scores)}   # never the best: exact resume
@@ -46,7 +44,7 @@ def test_the_best_and_the_newest_are_kept(tmp_path, scores, options, best, kept)
 
 
 def test_without_scores_there_is_no_best(tmp_path):
-  save_all(tmp_path, [None, None, None]).close()
+  save_all(tmp_path, [None, None, None])
   assert sorted(int(path.name) for path in (tmp_path / 'checkpoints').iterdir() if path.name.isdigit()) == [2, 3]
   with pytest.raises(UserError, match='no scored checkpoint; .*checkpoint.best'):
     inference.step_of(tmp_path, 'best')

@@ -114,17 +114,9 @@ def test_two_processes_train_as_one_and_survive_a_loss(tmp_path, monkeypatch):
                               'PYTHONWARNINGS': 'ignore', 'PYTHON': sys.executable,
                               'JAX_COMPILATION_CACHE_DIR': str(tmp_path / 'cache')}
   options = dict(cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-  launcher = subprocess.Popen(command, **options)
-  deadline = time.monotonic() + 900
-  while not any(row['step'] >= 6 for row in rows_of(workdir / 'metrics.jsonl')):
-    assert launcher.poll() is None and time.monotonic() < deadline, launcher.communicate()
-    time.sleep(0.01)
-  children = pathlib.Path(f'/proc/{launcher.pid}/task/{launcher.pid}/children').read_text().split()
-  os.kill(int(children[1]), signal.SIGKILL)
-  killed = time.monotonic()
-  said = launcher.communicate(timeout=120)[1]
-  assert time.monotonic() - killed < 60, 'the other one must not wait for ever'
-  assert launcher.returncode != 0 and ('lost another process' in said or 'another task died' in said), said
+  for number, step in ((signal.SIGSTOP, 6), (signal.SIGKILL, 10)):
+    said = lose_one(subprocess.Popen(command, **options), number, workdir / 'metrics.jsonl', step)
+    assert 'lost another process' in said or 'another task died' in said, said
 
   again = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=900)
   assert again.returncode == 0, again.stderr
@@ -141,6 +133,32 @@ def test_two_processes_train_as_one_and_survive_a_loss(tmp_path, monkeypatch):
   for later in (16, 20):
     shutil.rmtree(workdir / 'checkpoints' / str(later))
   check_restore(workdir, tmp_path, trainer, step=12)
+
+
+def lose_one(launcher, number, log, step):
+  """What is said when the second of two processes gets a signal after `step`: the first ends, with an error."""
+  deadline = time.monotonic() + 900
+  while not any(row['step'] >= step for row in rows_of(log)):
+    assert launcher.poll() is None and time.monotonic() < deadline, launcher.communicate()
+    time.sleep(0.01)
+  first, second = map(int, pathlib.Path(f'/proc/{launcher.pid}/task/{launcher.pid}/children').read_text().split()[:2])
+  os.kill(second, number)
+  lost = time.monotonic()
+  while running(first):
+    assert time.monotonic() - lost < 60, 'the other one must not wait for ever'
+    time.sleep(0.1)
+  if running(second):
+    os.kill(second, signal.SIGKILL)   # a stopped one heeds nothing else
+  said = launcher.communicate(timeout=60)[1]
+  assert launcher.returncode != 0
+  return said
+
+
+def running(process):
+  try:
+    return pathlib.Path(f'/proc/{process}/stat').read_text().rsplit(')', 1)[1].split()[0] != 'Z'
+  except FileNotFoundError:
+    return False
 
 
 def check_restore(workdir, notes, trainer, step):
