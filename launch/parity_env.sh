@@ -4,5 +4,5 @@
 set -euo pipefail
 [ $# -eq 1 ] || { echo "usage: $0 DIR" >&2; exit 2; }
 [ -x "$1/bin/python" ] || python3 -m venv "$1"
-"$1/bin/pip" install torch==2.13.0 numpy huggingface_hub safetensors pyyaml ftfy regex tqdm pillow
+"$1/bin/pip" install torch==2.13.0 numpy huggingface_hub safetensors pyyaml ftfy regex tqdm pillow transformers
 "$1/bin/pip" install --no-deps timm open_clip_torch torchvision   # torchvision's compiled operators are not needed

@@ -92,7 +92,8 @@ def _teacher(args: argparse.Namespace) -> None:
 
 def _teacher_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--model', type=pathlib.Path, required=True, metavar='DIR', help='a training run or an exported folder')
-  parser.add_argument('--data', type=pathlib.Path, required=True, metavar='DIR', help='the prepared folder to add to')
+  parser.add_argument('--data', required=True, metavar='DIR',
+                      help='the prepared folder to add to; several as in config.data.dataset: "DIR + DIR"')
 
 
 def _between(low: int, high: int) -> Callable[[str], int]:

@@ -16,6 +16,7 @@ import numpy as np
 
 from lightclip_jax.data import manifest, sources, transforms
 from lightclip_jax.data.records import Record
+from lightclip_jax.data.sources.mixture import origin
 from lightclip_jax.errors import UserError
 
 IMAGES, CAPTIONS, STARTS = FILES = 'teacher-images.f16', 'teacher-captions.f16', 'teacher-starts.i64'
@@ -26,35 +27,57 @@ Encoders = tuple[Callable[[Sequence[np.ndarray]], np.ndarray], Callable[[Sequenc
 
 
 class Teacher:
-  """The embeddings in a prepared folder. Picklable (each process maps the files itself) and safe to read from threads."""
+  """The embeddings of a data set's records. Picklable (each process maps the files itself) and safe to read from threads."""
 
   def __init__(self, folder: str | pathlib.Path):
-    """Raises UserError if the folder has no teacher's embeddings, or files that do not belong to its records."""
-    self._folder = pathlib.Path(folder)
-    contents = manifest.load(folder)
-    if contents.teacher is None:
-      raise UserError(f'data folder {str(folder)!r} has no embeddings of a teacher; {_HOW}{folder}')
-    self.dim, self.sha256 = contents.teacher.dim, contents.teacher.sha256
-    count = contents.split('train').count
-    for file in FILES:
-      if not (self._folder / file).is_file():
-        raise UserError(f'{str(self._folder / file)!r} is missing; {_HOW}{folder}')
-    self._images, self._captions = (np.memmap(self._folder / file, '<f2', 'r').reshape(-1, self.dim)
-                                    if (self._folder / file).stat().st_size % (2 * self.dim) == 0 else ()
-                                    for file in (IMAGES, CAPTIONS))
-    self._starts = np.fromfile(self._folder / STARTS, '<i8')
-    if (len(self._images), len(self._starts), len(self._captions)) != (count, count + 1, self._starts[-1:].sum()):
-      raise UserError(f"the teacher's embeddings in {str(folder)!r} are not those of its {count} records; {_HOW}{folder}")
+    """Opens those of a prepared folder; for a mixture of such folders those in each of them, so that they serve in any mixture.
+
+    Raises:
+      UserError: if a folder has no teacher's embeddings, or files that do not belong to its records; if those of a mixture
+        are of several teachers.
+    """
+    self._folder, contents = pathlib.Path(folder), manifest.load(folder)
+    parts = contents.source.get('parts', ())
+    mixed = contents.teacher is None and {part['kind'] for part in parts} == {'array_record'}
+    self._source = sources.open_parts(contents.source, 'train') if mixed else None
+    self._parts = [_Embeddings(pathlib.Path(part['path'])) for part in parts] if mixed else [_Embeddings(self._folder)]
+    entries = [part.entry for part in self._parts]
+    if len(teachers := {f'{entry.name!r} of dimension {entry.dim}': None for entry in entries}) > 1:
+      raise UserError(f'the embeddings in {contents.name!r} are of several teachers: {", ".join(teachers)}; '
+                      f'{_HOW}{contents.name!r}')
+    self.dim, hashes = entries[0].dim, [entry.sha256 for entry in entries]
+    self.sha256 = hashes[0] if len(hashes) == 1 else hashlib.sha256(' '.join(hashes).encode()).hexdigest()
 
   def __call__(self, example: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The example of the pipeline with `teacher_image` and `teacher_text`, float16 [E], of its record and caption."""
-    record = int(example['example_id'])
-    caption = self._starts[record] + int(example['caption_number'])
-    return {**example, 'teacher_image': np.array(self._images[record], np.float16),
-            'teacher_text': np.array(self._captions[caption], np.float16)}
+    part, record = origin(self._source, int(example['example_id']))
+    image_E, text_E = self._parts[part].of(record, int(example['caption_number']))
+    return {**example, 'teacher_image': image_E, 'teacher_text': text_E}
 
   def __reduce__(self):
     return Teacher, (self._folder,)
+
+
+class _Embeddings:
+  """The files in one folder."""
+
+  def __init__(self, folder: pathlib.Path):
+    contents = manifest.load(folder)
+    if contents.teacher is None:
+      raise UserError(f'data folder {str(folder)!r} has no embeddings of a teacher; {_HOW}{folder}')
+    self.entry, dim, count = contents.teacher, contents.teacher.dim, contents.split('train').count
+    for file in FILES:
+      if not (folder / file).is_file():
+        raise UserError(f'{str(folder / file)!r} is missing; {_HOW}{folder}')
+    self._images, self._captions = (np.memmap(folder / file, '<f2', 'r').reshape(-1, dim)
+                                    if (folder / file).stat().st_size % (2 * dim) == 0 else () for file in (IMAGES, CAPTIONS))
+    self._starts = np.fromfile(folder / STARTS, '<i8')
+    if (len(self._images), len(self._starts), len(self._captions)) != (count, count + 1, self._starts[-1:].sum()):
+      raise UserError(f"the teacher's embeddings in {str(folder)!r} are not those of its {count} records; {_HOW}{folder}")
+
+  def of(self, record: int, caption: int) -> tuple[np.ndarray, np.ndarray]:
+    """float16 [E] of the record's image, and of its caption of that number."""
+    return (np.array(self._images[record], np.float16), np.array(self._captions[self._starts[record] + caption], np.float16))
 
 
 def write(folder: str | pathlib.Path, name: str, encoders: Encoders,

@@ -75,8 +75,9 @@ def _in_open_clip(out: pathlib.Path, about: dict[str, Any], model: model_lib.Mod
   """What real open_clip makes of the folder, where it is installed."""
   ours, asking = verify.embed(_sides(model), inputs), dict(inputs)
   if asked:
+    ids_CxW = model.tokenizer.encode(asked.concepts, model.context)
     ours |= {'image/questions': model.encode_image(asked.images_NxSxSx3), 'text/concepts': model.encode_text(asked.concepts)}
-    asking |= {'image/questions': asked.images_NxSxSx3, 'text/concepts': model.tokenizer.encode(asked.concepts, model.context)}
+    asking |= {'image/questions': asked.images_NxSxSx3, 'text/concepts': ids_CxW, 'names': np.array(asked.concepts)}
   theirs = open_clip.embed(out, asking)
   if not theirs:
     _finish(out, {**about, 'cosines': None})
@@ -86,9 +87,12 @@ def _in_open_clip(out: pathlib.Path, about: dict[str, Any], model: model_lib.Mod
   _finish(out, {**about, 'cosines': lowest})
   yield _cosine_line(lowest)
   verify.check(lowest)
-  for name, rows in (('JAX', ours), ('real open_clip', theirs)) if asked else ():
-    accuracy = verify.accuracy(rows['image/questions'], rows['text/concepts'], asked.labels_N)
-    yield f'{name}: zero-shot top-1 {100 * accuracy:.2f} %'
+  if asked:
+    for name, images_NxD, names_CxD in (('JAX', ours['image/questions'], ours['text/concepts']),
+                                        ('real open_clip', theirs['image/questions'], theirs['names'])):
+      yield f'{name}: zero-shot top-1 {100 * verify.accuracy(images_NxD, names_CxD, asked.labels_N):.2f} %'
+    same = (ids_CxW == theirs['ids/names']).all(axis=1).sum()
+    yield f"open_clip's tokenizer gives the same ids for {same:,} of {len(ids_CxW):,} names"
 
 
 def _token_heads(out: pathlib.Path, about: dict[str, Any], loaded: checkpoint.Loaded, towers: towers_lib.Towers,

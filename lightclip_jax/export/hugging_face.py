@@ -12,20 +12,35 @@ _PROBES = ('Hello,  World!', ' a red heart ', 'ＦＵＬＬ width', 'naïve caf�
 
 
 def write(tokenizer: Tokenizer, context: int, folder: pathlib.Path) -> bool:
-  """Writes `tokenizer.json` and `tokenizer_config.json`; False, and no file, where the ids would not all be the same."""
-  if tokenizer.suffix != '.model':   # who trained with Hugging Face's or CLIP's own has that file already
+  """Writes `tokenizer.json` and `tokenizer_config.json`, so that transformers, and open_clip with it, give the same ids.
+
+  Returns:
+    False, and no file, for CLIP's byte pairs, which open_clip has itself, and where the ids would not all be the same.
+  """
+  if tokenizer.suffix == '.gz':
     return False
-  converted = convert(tokenizer)
+  if tokenizer.suffix == '.model':
+    converted = convert(tokenizer)
+    if not _same(converted, tokenizer, context):
+      return False
+    converted.save(str(folder / 'tokenizer.json'))
+  else:
+    (folder / 'tokenizer.json').write_bytes(tokenizer.to_bytes())
+  pad, start, end = tokenizer.pieces((tokenizer.pad_id, tokenizer.start_id, tokenizer.end_id))
+  (folder / 'tokenizer_config.json').write_text(json.dumps({
+    'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': context, 'padding_side': 'right',
+    'truncation_side': 'right', 'pad_token': pad, 'bos_token': start, 'eos_token': end,
+    'split_special_tokens': True,   # "[MASK]" in a caption is text like any other
+    'clean_up_tokenization_spaces': False}, indent=2) + '\n')
+  return True
+
+
+def _same(converted: Any, tokenizer: Tokenizer, context: int) -> bool:
   for text, expected in zip(_PROBES, tokenizer.encode(_PROBES, context), strict=True):
     ids = converted.encode(text).ids
     ids = ids if len(ids) <= context else [*ids[:context - 1], tokenizer.end_id]
     if not np.array_equal(ids, expected[:len(ids)]) or (expected[len(ids):] != tokenizer.pad_id).any():
       return False
-  converted.save(str(folder / 'tokenizer.json'))
-  pad, unknown, start, end = (converted.id_to_token(i) for i in (tokenizer.pad_id, 1, tokenizer.start_id, tokenizer.end_id))
-  (folder / 'tokenizer_config.json').write_text(json.dumps({
-    'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': context, 'padding_side': 'right', 'pad_token': pad,
-    'unk_token': unknown, 'bos_token': start, 'eos_token': end, 'clean_up_tokenization_spaces': False}, indent=2) + '\n')
   return True
 
 

@@ -2,6 +2,8 @@
 
 Letters: V vocabulary, W context, C text width, N heads, K width of a head, e channels added to each head, D embedding.
 """
+import gzip
+import hashlib
 import importlib.util
 import json
 import os
@@ -14,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from lightclip_jax import config as config_lib
+from lightclip_jax.data.tokenizers import Tokenizer
 from lightclip_jax.errors import UserError
 from lightclip_jax.export import hugging_face, verify
 from lightclip_jax.export.towers import Towers
@@ -24,6 +27,7 @@ TORCH_PYTHON = 'LIGHTCLIP_TORCH_PYTHON'
 UNVERIFIED = (f'not verified: open_clip is not installed here, and {TORCH_PYTHON} names no interpreter that has it '
               '(launch/parity_env.sh makes one)')
 EPSILON = 1e-5   # of the text tower's LayerNorms
+CLIP_BYTE_PAIRS = '67603cfda2e032ad77b5f8808af37789d590db664b26df8705d2bf8b3c553fc8'   # SHA-256 of bpe_simple_vocab_16e6.txt
 _MOBILENETS = {1.4: '140', 1.0: '100', 0.75: '075', 0.5: '050', 0.35: '035'}
 
 
@@ -42,6 +46,7 @@ def write(towers: Towers, folder: pathlib.Path) -> dict[str, Any]:
     name = f'local-dir:{trunk}'
   weights, text = text_weights(towers)
   weights |= image_weights(towers)
+  text |= tokenizer_config(towers.loaded.tokenizer, folder)
   optional('safetensors.numpy').save_file({k: np.asarray(v, order='C') for k, v in weights.items()},
                                           folder / 'open_clip_model.safetensors')
   vision = {'timm_model_name': name, 'timm_model_pretrained': False, 'timm_proj': 'linear', 'image_size': model.image.size,
@@ -93,11 +98,19 @@ def text_weights(towers: Towers) -> tuple[dict[str, np.ndarray], dict[str, Any]]
   weights['text_projection'] = params['text_projection']['kernel']
   config = {'context_length': text.context, 'vocab_size': text.vocab_size, 'width': text.width, 'heads': text.heads,
             'layers': text.depth, 'pool_type': 'eos', 'eos_id': text.end_id, 'pad_id': towers.loaded.tokenizer.pad_id,
-            'no_causal_mask': not text.causal, 'hf_tokenizer_name': 'tokenizer.json'}
+            'no_causal_mask': not text.causal}
   if not text.causal:
     weights, epsilon = ignore_padding(weights, text.heads, config['pad_id'])
     config |= {'width': weights['ln_final.weight'].shape[0], 'norm_kwargs': {'eps': epsilon}}
   return {f'text.{name}': array for name, array in weights.items()}, config
+
+
+def tokenizer_config(tokenizer: Tokenizer, folder: pathlib.Path) -> dict[str, Any]:
+  """What the text tower's config says about the tokenizer. CLIP's own is what open_clip takes where nothing is said."""
+  if tokenizer.suffix != '.gz':
+    return {'hf_tokenizer_name': 'tokenizer.json'}
+  own = hashlib.sha256(gzip.decompress(tokenizer.to_bytes())).hexdigest() == CLIP_BYTE_PAIRS
+  return {} if own else {'tokenizer_kwargs': {'bpe_path': str((folder / 'tokenizer.gz').absolute())}}
 
 
 def ignore_padding(weights: dict[str, np.ndarray], heads: int, pad_id: int) -> tuple[dict[str, np.ndarray], float]:
@@ -160,6 +173,7 @@ def _grown(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 def embed(folder: pathlib.Path, inputs: verify.Inputs) -> dict[str, np.ndarray] | None:
   """Unit vectors [N, D] that real open_clip computes from the folder, by the inputs' names; None where no interpreter has it.
+  Texts may be given as strings, for its own tokenizer; then its ids [N, W] are there too, as 'ids/' and their name.
 
   Raises:
     UserError: if open_clip cannot load the folder.

@@ -18,7 +18,8 @@ if not hasattr(torch.ops.torchvision, 'nms'):
 
 
 def main(folder: str, source: str, target: str) -> None:
-  """Images are uint8 [N, S, S, 3] and pass through open_clip's own normalisation; texts are token ids."""
+  """Images are uint8 [N, S, S, 3] and pass through open_clip's own normalisation; texts are token ids, or strings, which
+  pass through its own tokenizer."""
   import open_clip
   import PIL.Image
   model, _, preprocess = open_clip.create_model_and_transforms(f'local-dir:{folder}')
@@ -26,6 +27,8 @@ def main(folder: str, source: str, target: str) -> None:
   out = {}
   with torch.no_grad():
     for name, rows in np.load(source).items():
+      if rows.dtype.kind == 'U':
+        rows = out[f'ids/{name}'] = open_clip.get_tokenizer(f'local-dir:{folder}')(rows.tolist()).numpy()
       parts = np.array_split(rows, -(-len(rows) // BATCH))
       if name.startswith('image'):
         batches = (torch.stack([preprocess(PIL.Image.fromarray(row)) for row in part]) for part in parts)

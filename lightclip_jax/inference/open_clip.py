@@ -20,7 +20,7 @@ from lightclip_jax.errors import UserError
 from lightclip_jax.models import convert, image_towers, norm, text_transformer, weight_files
 
 CONFIG_FILE, WEIGHTS_FILE = 'open_clip_config.json', 'open_clip_model.safetensors'
-TOKENIZER_FILES = ('tokenizer.model', 'tokenizer.json')   # ours first
+TOKENIZER_FILES = ('tokenizer.model', 'tokenizer.gz', 'tokenizer.json')   # ours first
 _WIDTHS = {'mobilenetv2_140': 1.4, 'mobilenetv2_100': 1.0, 'mobilenetv2_075': 0.75, 'mobilenetv2_050': 0.5,
            'mobilenetv2_035': 0.35}
 _TRUNKS = {**dict.fromkeys(_WIDTHS, 'mobilenet_v2'), 'resnet18': 'resnet18', 'vit_tiny_patch16_224': 'vit_ti',

@@ -3,13 +3,14 @@ import dataclasses
 import itertools
 import json
 import pickle
+import types
 import zlib
 
 import numpy as np
 import pytest
 
-from lightclip_jax import config
-from lightclip_jax.data import manifest, pipeline, teacher, transforms
+from lightclip_jax import config, prepare
+from lightclip_jax.data import datasets, manifest, pipeline, sources, teacher, transforms
 from lightclip_jax.data.datasets import shapes
 from lightclip_jax.errors import UserError
 
@@ -51,17 +52,63 @@ def test_each_example_gets_the_embeddings_of_its_image_and_its_caption(folder, m
   monkeypatch.setattr(teacher, 'RECORDS_AT_A_TIME', 50)   # some parts, and a last one that is not full
   entry = fill(folder)
   assert (entry.name, entry.dim) == ('tutor', 3) and manifest.load(folder).teacher == entry
-  tokenizer, records = pipeline.load_tokenizer(folder), pipeline.evaluation_records(folder, 'train')
+  assert len(check(folder, take(folder))) > 1
+
+
+def check(folder, made):
+  """Every example's embeddings are those of what the source gives under its id; returns the captions' numbers."""
+  tokenizer, source = pipeline.load_tokenizer(folder), sources.open_split(folder, 'train')
   numbers = set()
-  for batch in take(folder):
+  for batch in made:
     assert {batch[name].dtype.name for name in ('teacher_image', 'teacher_text')} == {'float16'}
-    for i, record in enumerate(records[n] for n in batch['example_id']):
+    for i, record in enumerate(source[n] for n in batch['example_id']):
       caption = record.captions[batch['caption_number'][i]]
       np.testing.assert_array_equal(tokenizer.encode([caption], 20)[0], batch['tokens'][i])
       np.testing.assert_array_equal(batch['teacher_text'][i], np.float16(of_text(caption)))
       np.testing.assert_array_equal(batch['teacher_image'][i], np.float16(of_image(transforms.decode(record.image))))
     numbers |= set(batch['caption_number'].tolist())
-  assert len(numbers) > 1
+  return numbers
+
+
+@pytest.mark.parametrize('options', [dict(weights=(2.0, 1.0)), dict(holdout_every=5)])
+def test_a_mixture_reads_what_lies_beside_the_records_of_each(options, tmp_path, monkeypatch):
+  monkeypatch.setenv('LIGHTCLIP_DATA', str(tmp_path / 'cache'))
+  folders = [tmp_path / name for name in ('small', 'large')]
+  for folder, size in zip(folders, (16, 24), strict=True):
+    shapes.prepare(folder, size=size)
+  mixed = datasets.resolve(' + '.join(map(str, folders)), config.replace(OPTIONS, **options))
+  fill(folders[0])
+  with pytest.raises(UserError, match=r"large' has no embeddings of a teacher; make them with: .*--data=\S*/large$"):
+    batches(mixed)
+  fill(folders[1])
+  made, first = take(mixed), len(sources.open_split(mixed, 'train').parts[0])
+  check(mixed, made)
+  assert {bool(n < first) for batch in made for n in batch['example_id']} == {True, False}
+  assert pickle.loads(pickle.dumps(teacher.Teacher(mixed))).sha256 == teacher.Teacher(mixed).sha256
+  state = batches(mixed).state()
+  teacher.write(folders[1], 'tutor', [lambda rows: np.ones((len(rows), 3))] * 2, lambda parts, total: parts)
+  with pytest.raises(UserError, match='was made with data'):
+    batches(mixed).restore(state)
+  fill(folders[1], 'another')
+  with pytest.raises(UserError, match="are of several teachers: 'tutor' of dimension 3, 'another' of dimension 3; make"):
+    batches(mixed)
+
+
+def test_the_command_fills_every_folder_of_a_mixture(tmp_path, monkeypatch, capsys):
+  from lightclip_jax.inference import model as model_lib
+
+  stands_in = types.SimpleNamespace(
+      preprocessing={'size': 8}, logit_scale=25.0, encode_image=lambda rows: np.array([of_image(row) for row in rows]),
+      encode_text=lambda texts: np.array([of_text(text) for text in texts]))
+  monkeypatch.setattr(model_lib, 'load', lambda path: stands_in)
+  folders = [tmp_path / name for name in ('a', 'b')]
+  for folder in folders:
+    shapes.prepare(folder, size=16)
+  prepare.main(prepare.parse(['teacher', '--model=wise', f'--data={folders[0]} + {folders[1]}']))
+  assert 'teacher_dim=3 ' in (said := capsys.readouterr().out) and 'temperature=0.0400 ' in said
+  assert [manifest.load(folder).teacher.name for folder in folders] == ['wise', 'wise']
+  with pytest.raises(UserError, match=r'csv:\S* has no place for embeddings; prepare it first: .*prepare csv \S* --out'):
+    prepare.main(prepare.parse(['teacher', '--model=wise', f'--data={folders[0]} + csv:{tmp_path}/pairs.csv']))
 
 
 def test_the_rest_of_a_batch_does_not_depend_on_the_teacher_and_workers_do_not_matter(folder):

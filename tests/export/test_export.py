@@ -1,4 +1,6 @@
 """Exported folders are the model, hold nothing else, and say in one line what is wrong with them."""
+import gzip
+import hashlib
 import json
 import pickle
 import subprocess
@@ -196,6 +198,26 @@ def test_hugging_face_tokenizer_gives_the_same_ids(tmp_path):
   for junk, words in ((b'{}', 'is not a Hugging Face'), (_without_ends(again), 'empty text 0 tokens')):
     with pytest.raises(UserError, match=words):
       tokenizers.from_bytes(junk, '.json')
+
+
+def test_open_clip_is_told_which_tokenizer(tmp_path, monkeypatch):
+  """Nothing for CLIP's byte pairs, which it has; another file of such pairs by its path; a tokenizer.json for all others."""
+  pytest.importorskip('ftfy')
+  pytest.importorskip('tokenizers')
+  pairs = tokenizers.ClipTokenizer(gzip.compress(b'#version\nc a\nca t</w>', mtime=0))
+  text = dict(vocab_size=pairs.vocab_size, end_id=pairs.end_id)
+  small = config_lib.replace(CONFIG, model=dict(text=text))
+  loaded = checkpoint.Loaded(1, small, small_checkpoint.random_variables(small.model), pairs,
+                             lightclip.preprocessing(small.model))
+  (tmp_path / 'tokenizer.gz').write_bytes(pairs.to_bytes())
+  open_clip.write(towers.from_checkpoint(loaded), tmp_path)
+  text = json.loads((tmp_path / 'open_clip_config.json').read_text())['model_cfg']['text_cfg']
+  assert text['tokenizer_kwargs'] == {'bpe_path': str(tmp_path / 'tokenizer.gz')} and 'hf_tokenizer_name' not in text
+  assert not (tmp_path / 'tokenizer.json').exists()
+  np.testing.assert_array_equal(lightclip_jax.load(tmp_path).tokenizer.encode(TEXTS, 12), pairs.encode(TEXTS, 12))
+  monkeypatch.setattr(open_clip, 'CLIP_BYTE_PAIRS', hashlib.sha256(gzip.decompress(pairs.to_bytes())).hexdigest())
+  assert open_clip.tokenizer_config(pairs, tmp_path) == {}
+  assert open_clip.tokenizer_config(_tokenizer(), tmp_path) == {'hf_tokenizer_name': 'tokenizer.json'}
 
 
 def _without_ends(tokenizer):

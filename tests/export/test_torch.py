@@ -1,5 +1,6 @@
 """With PyTorch beside (launch/parity_env.sh): real open_clip loads our folders, and real .pth files load here."""
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -13,8 +14,9 @@ import small_checkpoint
 import lightclip_jax
 from lightclip_jax import config as config_lib
 from lightclip_jax.data import tokenizers
+from lightclip_jax.data.datasets import shapes
 from lightclip_jax.errors import UserError
-from lightclip_jax.export import export, hugging_face, open_clip
+from lightclip_jax.export import export, hugging_face, open_clip, towers
 from lightclip_jax.inference import checkpoint
 from lightclip_jax.models import image_towers, lightclip, norm, pretrained
 
@@ -31,9 +33,54 @@ def test_open_clip_computes_what_the_model_computes(name, causal, tmp_path):
   tokenizer = tokenizers.train(small_checkpoint.CAPTIONS * 20, 60)
   loaded = checkpoint.Loaded(1, small, small_checkpoint.random_variables(small.model), tokenizer,
                              lightclip.preprocessing(small.model))
-  print(*export.export(loaded, 'open_clip', tmp_path))
-  cosines = json.loads((tmp_path / 'model.json').read_text())['cosines']
-  assert set(cosines) == {'image/noise', 'text/noise'} and min(cosines.values()) > 0.99999
+  shapes.prepare(tmp_path / 'shapes', size=32)
+  said = list(export.export(loaded, 'open_clip', tmp_path / 'out', data=tmp_path / 'shapes'))
+  print(*said, sep='\n')
+  cosines = json.loads((tmp_path / 'out/model.json').read_text())['cosines']
+  assert set(cosines) == {f'{tower}/{kind}' for tower, kind in itertools.product(('image', 'text'), ('noise', 'real'))} | {
+      'image/questions', 'text/concepts'} and min(cosines.values()) > 0.99999
+  assert said[1].removeprefix('JAX') == said[2].removeprefix('real open_clip') and 'for 36 of 36 names' in said[3]
+
+
+TEXTS = ['a red circle', 'The  HOUSE by the sea', 'naïve café', '猫と犬', '👩\u200d👧 family', 'a cat, a dog & two "birds"!',
+         '', 'the sea ' * 20, "it's 12:30", '[MASK] [SEP] [PAD]', 'x']
+
+
+def _tokenizer(kind):
+  """SentencePiece, a tokenizer.json whose special tokens are the first, or CLIP's own."""
+  if kind == 'clip':
+    code = "import importlib.util as u; print(u.find_spec('open_clip').submodule_search_locations[0])"
+    found = subprocess.run([TORCH_PYTHON, '-I', '-c', code], check=True, capture_output=True, text=True).stdout.strip()
+    return tokenizers.load(pathlib.Path(found) / 'bpe_simple_vocab_16e6.txt.gz')
+  if kind == 'sentencepiece':
+    return tokenizers.train([*small_checkpoint.CAPTIONS, *TEXTS] * 20, 120)
+  hf = pytest.importorskip('tokenizers')
+  special = ['[UNK]', '[PAD]', '[CLS]', '[SEP]', '[MASK]']
+  made = hf.Tokenizer(hf.models.BPE(unk_token='[UNK]'))
+  made.pre_tokenizer = hf.pre_tokenizers.Whitespace()
+  made.train_from_iterator(TEXTS[:-2], hf.trainers.BpeTrainer(vocab_size=150, special_tokens=special, show_progress=False))
+  made.post_processor = hf.processors.TemplateProcessing(single='[CLS] $A [SEP]', special_tokens=[('[CLS]', 2), ('[SEP]', 3)])
+  made.enable_truncation(4)   # the model's context counts
+  return tokenizers.HuggingFaceTokenizer(made.to_str().encode())
+
+
+@pytest.mark.parametrize('kind', ['sentencepiece', 'hugging_face', 'clip'])
+def test_open_clip_and_transformers_give_our_ids(kind, tmp_path):
+  tokenizer = _tokenizer(kind)
+  small = small_checkpoint.config('vit_ti', text=dict(vocab_size=tokenizer.vocab_size, end_id=tokenizer.end_id))
+  loaded = checkpoint.Loaded(1, small, small_checkpoint.random_variables(small.model), tokenizer,
+                             lightclip.preprocessing(small.model))
+  open_clip.write(towers.from_checkpoint(loaded), tmp_path)
+  (tmp_path / f'tokenizer{tokenizer.suffix}').write_bytes(tokenizer.to_bytes())
+  expected = tokenizer.encode(TEXTS, 12)
+  theirs = open_clip.embed(tmp_path, {'texts': np.array(TEXTS)})   # from strings to vectors by its own means
+  np.testing.assert_array_equal(theirs['ids/texts'], expected)
+  np.testing.assert_allclose(theirs['texts'], lightclip_jax.load(tmp_path).encode_text(TEXTS), atol=1e-4)
+  if kind != 'clip':
+    code = (f'import transformers; t = transformers.AutoTokenizer.from_pretrained({str(tmp_path)!r}); '
+            f'print(t({TEXTS}, padding="max_length", truncation=True, max_length=12).input_ids)')
+    done = subprocess.run([TORCH_PYTHON, '-I', '-c', code], check=True, capture_output=True, text=True)
+    np.testing.assert_array_equal(json.loads(done.stdout), expected)
 
 
 @pytest.mark.parametrize('trunk, pool', [('resnet18', 'avg'), ('mobilenetv2_050', 'avg')])

@@ -7,7 +7,7 @@ const page = name => import(pathToFileURL(path.join(process.argv[2], name)));
 const request = JSON.parse(fs.readFileSync(0, 'utf8'));
 const tasks = {
   async tokens({file, special, context, texts}) {
-    const tokenizer = (await page('tokenizer.js')).load(new Uint8Array(fs.readFileSync(file)), special);
+    const tokenizer = await (await page('tokenizer.js')).load(new Uint8Array(fs.readFileSync(file)), special);
     return texts.map(text => Array.from(tokenizer.encode(text, context)));
   },
   async resize({images, size}) {

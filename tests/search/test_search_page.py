@@ -1,5 +1,6 @@
 """The page's JavaScript computes what Python does: token ids, pixels, matching plans, rankings."""
 import base64
+import gzip
 import json
 import random
 
@@ -67,10 +68,26 @@ def test_byte_pair_ids_are_pythons(tmp_path):
   check_ids(tmp_path / 'tokenizer.json', 77, [*captions, 'a <|endoftext|> b', '<|STARTOFTEXT|>x'])
 
 
+def test_clips_own_byte_pairs_are_pythons(tmp_path):
+  """CLIP's own file, with merges learnt here. What only ftfy can tell, texts that were decoded wrongly, is left out."""
+  hf, ftfy = pytest.importorskip('tokenizers'), pytest.importorskip('ftfy')
+  made = hf.Tokenizer(hf.models.BPE(end_of_word_suffix='</w>'))
+  made.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  captions = [text[:5000] for text in texts(5200) if ftfy.fix_encoding(text) == text]
+  made.train_from_iterator(captions[len(LONG):1000], hf.trainers.BpeTrainer(
+    vocab_size=1500, show_progress=False, initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet(), end_of_word_suffix='</w>'))
+  merges = [pair if isinstance(pair, str) else ' '.join(pair) for pair in json.loads(made.to_str())['model']['merges']]
+  (tmp_path / 'tokenizer.gz').write_bytes(gzip.compress('\n'.join(['#version', *merges]).encode()))
+  assert len(captions) > 5000
+  check_ids(tmp_path / 'tokenizer.gz', 77, [
+    *captions, 'Tom &amp; Jerry’s “house” &#39;x&#x27; &amp;lt;b', 'o’clock ‘x’', 'a <end_of_text> b', '!?! a!b', 'ΣΊΣΥΦΟΣ'])
+
+
 def test_wrong_tokenizers_say_so(tmp_path):
   (tmp_path / 'a').write_bytes(b'\x0a\xff\xff\xff')
   (tmp_path / 'b').write_text('{"model": {"type": "WordPiece"}}')
-  for name, words in (('a', 'is damaged'), ('b', 'is of type WordPiece')):
+  (tmp_path / 'c').write_bytes(gzip.compress(b'nonsense')[:-9])
+  for name, words in (('a', 'is damaged'), ('b', 'is of type WordPiece'), ('c', 'is damaged')):
     assert words in page_in_node.call(tokens=dict(file=str(tmp_path / name), special={}, context=9, texts=['a']))['error']
 
 

@@ -42,12 +42,22 @@ class Part:
     heldout = -(-len(self._source) // self._every)
     return heldout if self._heldout else len(self._source) - heldout
 
-  def _place(self, index: int) -> int:
+  def place(self, index: int) -> int:
+    """The record's index in the whole source."""
     return index * self._every if self._heldout else index + index // (self._every - 1) + 1
 
   def name(self, index: int) -> str:
     """The source's."""
-    return self._source.name(self._place(index))
+    return self._source.name(self.place(index))
 
   def __getitem__(self, index: SupportsIndex) -> Record:
-    return self._source[self._place(operator.index(index))]
+    return self._source[self.place(operator.index(index))]
+
+
+def origin(source: Any, index: int) -> tuple[int, int]:
+  """The part of a mixture (0 where there is one) in which a record lies, and its index there, what is held out counted too."""
+  number = 0
+  if isinstance(source, MixtureSource):
+    number = bisect.bisect_right(source.starts, index) - 1
+    source, index = source.parts[number], index - source.starts[number]
+  return number, source.place(index) if isinstance(source, Part) else index

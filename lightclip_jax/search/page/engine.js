@@ -13,7 +13,7 @@ export class Engine {
     const about = JSON.parse(new TextDecoder().decode(await read('model.json')));
     if (about.format !== 'onnx') throw new Error(`the export is ${about.format}; this page runs onnx`);
     Object.assign(engine, {ort, read, about, device: 'WebAssembly', size: about.preprocessing.size, dim: about.embed_dim});
-    engine.tokenizer = loadTokenizer(await read(about.tokenizer), about.special_ids);
+    engine.tokenizer = await loadTokenizer(await read(about.tokenizer), about.special_ids);
     engine.text = await engine.session(ort, about.text);
     engine.image = await engine.session(ort, about.image);
     return engine;

@@ -1,12 +1,20 @@
-// Text to token ids, equal to lightclip_jax/data/tokenizers.py: SentencePiece's unigram models, and CLIP's BPE as a
-// Hugging Face tokenizer.json.
+// Text to token ids, equal to lightclip_jax/data/tokenizers.py: SentencePiece's unigram models, and CLIP's BPE, as its own file
+// or as a Hugging Face tokenizer.json.
 
 const SPACE = '▁';
 const PIECE = {normal: 1, unknown: 2, userDefined: 4, unused: 5, byte: 6};
 
 /** The tokenizer in a file's bytes; `special` is model.json's special_ids {pad, start, end}. */
-export function load(bytes, special) {
-  return bytes[0] === 0x7b ? new BytePairs(bytes, special) : new SentencePiece(bytes, special);
+export async function load(bytes, special) {
+  if (bytes[0] === 0x1f) return new ClipBytePairs(await unzipped(bytes), special);
+  return bytes[0] === 0x7b ? new BytePairs(JSON.parse(decoded(bytes)), special) : new SentencePiece(bytes, special);
+}
+
+const decoded = bytes => new TextDecoder().decode(bytes);
+
+async function unzipped(bytes) {
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream('gzip'));
+  return decoded(await new Response(stream).arrayBuffer().catch(() => { throw new Error('the tokenizer file is damaged'); }));
 }
 
 /** Int32Array of `context` ids: start, words, end, padding. Longer texts lose words; the end token stays. */
@@ -187,8 +195,8 @@ function normalizer({charsmap, prefix, squeeze, escape}) {
 }
 
 export class BytePairs {
-  constructor(bytes, special) {
-    const file = JSON.parse(new TextDecoder().decode(bytes));
+  /** `file` is what a tokenizer.json says. */
+  constructor(file, special) {
     if (file.model.type !== 'BPE') throw new Error(`the tokenizer is of type ${file.model.type}; this page reads BPE`);
     this.special = special;
     this.vocabulary = new Map(Object.entries(file.model.vocab));
@@ -263,6 +271,38 @@ const LETTERS = (() => {
   const plain = byte => (byte > 32 && byte < 127) || (byte > 160 && byte < 173) || byte > 173;
   return Array.from({length: 256}, (_, byte) => String.fromCharCode(plain(byte) ? byte : next++));
 })();
+
+/** CLIP's own list of merges, as bpe_simple_vocab_16e6.txt has it. */
+export class ClipBytePairs extends BytePairs {
+  constructor(text, special) {
+    const merges = text.split('\n').slice(1, 49152 - 256 - 2 + 1).map(line => line.trim()).filter(line => line);
+    const letters = LETTERS.toSorted();
+    const pieces = [...letters, ...letters.map(letter => `${letter}</w>`), ...merges.map(pair => pair.replace(' ', '')),
+      '<start_of_text>', '<end_of_text>'];
+    super({
+      model: {type: 'BPE', vocab: Object.fromEntries(pieces.map((piece, id) => [piece, id])), merges, end_of_word_suffix: '</w>'},
+      pre_tokenizer: {type: 'Sequence', pretokenizers: [
+        {type: 'Split', pattern: {Regex: CLIP_WORDS}, behavior: 'Removed', invert: true}, {type: 'ByteLevel', use_regex: false}]},
+    }, special);
+  }
+
+  /** What ftfy and html.unescape do in Python, but for names of rare entities and texts that were decoded wrongly. */
+  normal(text) {
+    for (let i = 0; i < 2; i++) text = text.replace(ENTITY, (_, name, hex, decimal) => ENTITIES[name] ?? letter(hex, decimal));
+    return text.replace(/[\ufb00-\ufb04\ufb06\uff01-\uffef\u3000\u0132\u0133\u0149\u01c4-\u01cc\u01f1-\u01f3]/g,
+        one => one.normalize('NFKC')).replaceAll('\ufb05', 'ſt')
+        .replace(/[\u02bc\u2018-\u201b]/g, "'").replace(/[\u201c-\u201f]/g, '"')
+        .replace(/[\0-\x08\x0b\x0e-\x1f\x7f\u206a-\u206f\ufeff\ufff9-\ufffc]/g, '').normalize('NFC').toLowerCase();
+  }
+}
+
+const CLIP_WORDS = String.raw`'[sſ]|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+`;
+const ENTITY = /&(?:(amp|lt|gt|quot|apos|nbsp)|#[xX]([0-9a-fA-F]{1,5})|#([0-9]{1,6}));/g;
+const ENTITIES = {amp: '&', lt: '<', gt: '>', quot: '"', apos: "'", nbsp: '\u00a0'};
+
+function letter(hex, decimal) {
+  return String.fromCodePoint(hex ? parseInt(hex, 16) : Number(decimal));
+}
 
 function steps(part, name) {
   return !part ? [] : part.type === 'Sequence' ? part[name].flatMap(inner => steps(inner, name)) : [part];
