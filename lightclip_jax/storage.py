@@ -3,8 +3,13 @@
 Orbax, ArrayRecord and JAX's compilation cache read and write gs:// themselves; what this project writes goes through
 `etils.epath`, whose paths have pathlib's methods.
 """
+import errno
 import os
 import pathlib
+import sys
+import time
+from collections.abc import Callable
+from typing import TypeVar
 
 import fsspec
 from etils import epath
@@ -12,6 +17,12 @@ from etils import epath
 from lightclip_jax.errors import UserError
 
 Path = pathlib.Path | epath.Path
+T = TypeVar('T')
+
+# What a disk or a network may get over by itself; a full or a read-only disk does not.
+PASSING = {errno.EIO, errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.ESTALE, errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET,
+           errno.ECONNABORTED, errno.ECONNRESET, errno.ECONNREFUSED, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH}
+WAITS = (1.0, 2.0, 4.0, 8.0)   # seconds between attempts: together less than the half minute that preemption leaves
 
 
 def path(name: str | os.PathLike[str]) -> Path:
@@ -44,8 +55,30 @@ def absolute(path: Path) -> Path:
   return path if in_bucket(path) else path.absolute()
 
 
+def passes(error: OSError) -> bool:
+  """Whether another attempt may succeed without anybody's help."""
+  return error.errno in PASSING or isinstance(error, (TimeoutError, ConnectionError))
+
+
+def patiently(action: Callable[[], T]) -> T:
+  """What `action()` returns, which is called again after each of `WAITS` while storage fails with an error that passes."""
+  for seconds in WAITS:
+    try:
+      return action()
+    except OSError as error:
+      if not passes(error):
+        raise
+      print(f'{error}; tried again in {seconds:g} s', file=sys.stderr, flush=True)
+      time.sleep(seconds)
+  return action()
+
+
 def write_text(path: Path, text: str) -> None:
-  """Writes or replaces a file at once: no reader, and no later run, finds half of it."""
+  """Writes or replaces a file at once, patiently: no reader, and no later run, finds half of it."""
+  patiently(lambda: _write_text(path, text))
+
+
+def _write_text(path: Path, text: str) -> None:
   if in_bucket(path):
     path.write_text(text)
     return

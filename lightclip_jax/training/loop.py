@@ -116,9 +116,7 @@ class Run:
         self._save()
     if self.step == total and self.config.checkpoint.best:
       self._scores = self._evaluator.evaluate(self.step, self.state.evaluation_variables)
-    self._save()
-    with self.watchdog.waiting_for('the checkpoint to be written'):
-      self._checkpointer.wait()
+    self._save(wait=True)
     return self.step >= total
 
   def finish(self) -> None:
@@ -213,10 +211,11 @@ class Run:
       self._writer.write(self.step, self._scores)
     self._last_evaluation = time.monotonic()
 
-  def _save(self) -> None:
+  def _save(self, wait: bool = False) -> None:
     self._settle()
-    with self._outside_training(), self.watchdog.waiting_for('the checkpoint before this one to be written'):
-      self._checkpointer.save(self.step, self.state, metrics=self._scores, run=checkpoint_lib.RunState(
+    which = 'the checkpoint' if wait else 'the checkpoint before this one'
+    with self._outside_training(), self.watchdog.waiting_for(f'{which} to be written'):
+      self._checkpointer.save(self.step, self.state, metrics=self._scores, wait=wait, run=checkpoint_lib.RunState(
           iterator=self._batches.state(), meter=self._meter.state(), health=self._health.state(),
           config=dataclasses.asdict(self.config), preprocessing=lightclip.preprocessing(self.config.model),
           tokenizer=base64.b64encode(self._tokenizer.to_bytes()).decode(), tokenizer_kind=self._tokenizer.suffix))

@@ -1,0 +1,159 @@
+"""Storage that fails for a while, or for good: the last good save stays, and the run says what it does."""
+import contextlib
+import errno
+import io
+import json
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from lightclip_jax import cli, storage
+from lightclip_jax import config as config_lib
+from lightclip_jax.training import checkpoint, metrics
+from lightclip_jax.training.state import TrainState
+
+EIO = OSError(errno.EIO, 'Input/output error')
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+  monkeypatch.setattr(storage, 'WAITS', (0.01, 0.02))
+
+
+def failing(times, then=lambda *_: 'done', error=EIO):
+  """A function that fails so often; its list `calls` grows."""
+  def call(*args, **kwargs):
+    call.calls.append(args)
+    if len(call.calls) <= times:
+      raise type(error)(*error.args)
+    return then(*args, **kwargs)
+  call.calls = []
+  return call
+
+
+def failing_in_background(times):
+  """The JSON half of a checkpoint, which cannot be written so often."""
+  call, save = failing(times), ocp.JsonCheckpointHandler._save_fn
+
+  async def save_fn(self, *args):
+    call()
+    await save(self, *args)
+  return save_fn
+
+
+def state_of(step):
+  return TrainState(jnp.int32(step), {'w': jnp.arange(8.0) + step}, {}, {'m': jnp.ones(3)}, None)
+
+
+def run_of(step):
+  return checkpoint.RunState({'next_batch': step}, {}, {}, {}, '')
+
+
+@contextlib.contextmanager
+def keeper_of(folder, **options):
+  keeper = checkpoint.Checkpointer(folder, config_lib.Checkpoint(**options))
+  yield keeper
+  keeper.close()
+
+
+def restored(folder):
+  with keeper_of(folder) as keeper:
+    state, run = keeper.restore(state_of(0))
+  jax.tree.map(np.testing.assert_array_equal, state, state_of(int(state.step)))
+  return run.iterator['next_batch']
+
+
+@pytest.mark.parametrize('error', [EIO, TimeoutError('late'), ConnectionResetError('gone')])
+def test_what_passes_is_tried_again_and_told(capsys, error):
+  assert storage.patiently(twice := failing(2, error=error)) == 'done' and len(twice.calls) == 3
+  said = capsys.readouterr().err.splitlines()
+  assert [line.rpartition('; ')[2] for line in said] == ['tried again in 0.01 s', 'tried again in 0.02 s']
+  with pytest.raises(type(error)):
+    storage.patiently(always := failing(9, error=error))
+  assert len(always.calls) == 3
+
+
+@pytest.mark.parametrize('error', [OSError(errno.ENOSPC, 'full'), OSError(errno.EROFS, 'read-only'), FileNotFoundError('x')])
+def test_what_does_not_pass_is_not_tried_again(error):
+  with pytest.raises(type(error)):
+    storage.patiently(once := failing(1, error=error))
+  assert len(once.calls) == 1
+
+
+def test_a_text_is_written_at_the_third_attempt(tmp_path, monkeypatch):
+  monkeypatch.setattr(storage, '_write_text', failing(2, storage._write_text))
+  storage.write_text(tmp_path / 'x', 'text')
+  assert (tmp_path / 'x').read_text() == 'text'
+
+
+def until(condition):
+  deadline = time.monotonic() + 20
+  while not condition():
+    assert time.monotonic() < deadline
+    time.sleep(0.01)
+
+
+def test_training_goes_on_when_a_save_fails_and_a_later_step_is_saved(tmp_path, monkeypatch, capsys):
+  """In the background, as steps go on; then at once, when the save is begun."""
+  with keeper_of(tmp_path, every_minutes=0, keep=1) as keeper:
+    keeper.save(1, state_of(1), run_of(1), wait=True)
+    assert not keeper.late
+    with monkeypatch.context() as patch:
+      patch.setattr(ocp.JsonCheckpointHandler, '_save_fn', failing_in_background(1))
+      keeper.save(2, state_of(2), run_of(2))
+      until(lambda: keeper.late)
+    keeper.save(3, state_of(3), run_of(3))
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith('step 3: checkpoint 2 is not saved ') and 'last good one is 1;' in said and 'in 1 s' in said
+    assert 'Input/output error' in said and str(tmp_path) in said
+    with monkeypatch.context() as patch:
+      patch.setattr(keeper._manager, 'save', failing(1))
+      keeper.save(4, state_of(4), run_of(4))
+    assert 'checkpoint 4 is not saved' in (said := capsys.readouterr().err) and 'in 2 s' in said
+    assert not keeper.late, 'not before those 2 seconds'
+    assert (tmp_path / 'checkpoints' / '1').is_dir()
+    until(lambda: keeper.late)
+    keeper.save(5, state_of(5), run_of(5), wait=True)
+    assert not keeper.late
+  assert restored(tmp_path) == 5
+
+
+def test_the_last_save_is_patient_and_then_one_line(tmp_path, monkeypatch, capsys):
+  with keeper_of(tmp_path) as keeper:
+    keeper.save(1, state_of(1), run_of(1), wait=True)
+    monkeypatch.setattr(ocp.JsonCheckpointHandler, '_save_fn', failing_in_background(2))
+    keeper.save(2, state_of(2), run_of(2), wait=True)
+    assert capsys.readouterr().err.count('tried again in') == 2
+    monkeypatch.setattr(ocp.JsonCheckpointHandler, '_save_fn', failing_in_background(9))
+    assert cli.run(lambda: keeper.save(3, state_of(3), run_of(3), wait=True)) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == (f"error: Input/output error: {tmp_path / 'checkpoints'}; when it answers again, start the same command again")
+  monkeypatch.undo()
+  assert restored(tmp_path) == 2
+
+
+def test_tensorstore_names_the_system_s_error(tmp_path):
+  """Its own words, of a write that got EIO, ETIMEDOUT and ENOSPC."""
+  text = 'UNKNOWN: Error writing local file "x": Failed to write 211 bytes to file 3: no [os_error_code=\'{}\']'
+  with keeper_of(tmp_path) as keeper:
+    for code in (errno.EIO, errno.ETIMEDOUT, errno.ENOSPC):
+      with pytest.raises(OSError, match=str(tmp_path)) as raised, keeper._failures_by_name():
+        raise ValueError(text.format(code))
+      assert raised.value.errno == code and storage.passes(raised.value) == (code != errno.ENOSPC)
+    with pytest.raises(OSError) as raised, keeper._failures_by_name():
+      raise ValueError('UNAVAILABLE: Error writing "gs://b/x": CURL error')
+    assert storage.passes(raised.value)
+
+
+def test_a_checkpoint_that_cannot_be_read_for_a_moment_is_not_damaged(tmp_path, monkeypatch):
+  with keeper_of(tmp_path) as keeper:
+    for step in (1, 2):
+      keeper.save(step, state_of(step), run_of(step))
+  with keeper_of(tmp_path) as keeper:
+    monkeypatch.setattr(keeper._manager, 'restore', twice := failing(2, keeper._manager.restore))
+    state, _ = keeper.restore(state_of(0))
+  assert int(state.step) == 2 and len(twice.calls) == 3 and not (tmp_path / 'damaged').exists()
