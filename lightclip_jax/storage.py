@@ -19,9 +19,11 @@ from lightclip_jax.errors import UserError
 Path = pathlib.Path | epath.Path
 T = TypeVar('T')
 
-# What a disk or a network may get over by itself; a full or a read-only disk does not.
-PASSING = {errno.EIO, errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.ESTALE, errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET,
-           errno.ECONNABORTED, errno.ECONNRESET, errno.ECONNREFUSED, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH}
+# What a disk or a network may get over by itself; a full or a read-only disk does not. A folder is not empty when it is removed
+# after a save that failed and still has writes under way.
+PASSING = {errno.EIO, errno.ENOTEMPTY, errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.ESTALE, errno.ETIMEDOUT,
+           errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET, errno.ECONNABORTED, errno.ECONNRESET, errno.ECONNREFUSED,
+           errno.EHOSTDOWN, errno.EHOSTUNREACH}
 WAITS = (1.0, 2.0, 4.0, 8.0)   # seconds between attempts: together less than the half minute that preemption leaves
 
 

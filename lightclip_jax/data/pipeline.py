@@ -11,7 +11,9 @@ import concurrent.futures
 import functools
 import hashlib
 import json
+import multiprocessing
 import os
+import signal
 import sys
 import weakref
 import zlib
@@ -31,6 +33,7 @@ from lightclip_jax.data.teacher import Teacher
 from lightclip_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
+_STARTS = 3   # of workers that die before they give a batch, after which a run stops
 
 
 class _Example:
@@ -188,20 +191,38 @@ class TrainBatches(Iterator[Batch]):
     self._fingerprint = _fingerprint(folder, self._arguments['with_teacher'])
     self._next_batch = 0
     self._running: list[grain.DatasetIterator] = []      # one, or none before the first batch and after `close`
+    self._workers: list[multiprocessing.process.BaseProcess] = []
     # At the end of the program too: Grain's iterators print tracebacks when they are torn down with the interpreter.
     weakref.finalize(self, _stop, self._running)
     train_dataset(folder, options, **self._arguments)   # what is wrong is said now, not with the first batch
     self._ledger = faults.Ledger(options.max_faults, sources.open_split(folder, 'train').name)
 
   def __next__(self) -> Batch:
-    if not self._running:
-      dataset = train_dataset(self._folder, self._options, **self._arguments, first_batch=self._next_batch)
-      self._running.append(iter(dataset))
-    batch = next(self._running[0])
+    batch = self._read()
     self._next_batch += 1
     self._ledger.add(batch.pop('faults'))
     # Copied out of the workers' shared memory, which complains when an array in it lives to the end of the program.
     return {name: np.array(values) for name, values in batch.items()}
+
+  def _read(self) -> Batch:
+    """The next batch as Grain makes it; by new workers where one has died, which is told."""
+    for _ in range(_STARTS):
+      if not self._running:
+        dataset = train_dataset(self._folder, self._options, **self._arguments, first_batch=self._next_batch)
+        self._running.append(iter(dataset))
+        self._workers = []
+      try:
+        batch = next(self._running[0])
+        self._workers = self._workers or multiprocessing.active_children()   # Grain starts them at the first batch
+        return batch
+      except RuntimeError as error:
+        if 'Worker process was terminated' not in str(error):
+          raise
+        died = ', '.join(map(_obituary, filter(lambda worker: worker.exitcode, self._workers))) or str(error)
+        print(f'data worker died: {died}; new ones continue at batch {self._next_batch}', file=sys.stderr, flush=True)
+        self.close()
+    raise UserError(f'data workers died {_STARTS} times in a row ({died}); fewer data.workers or a smaller data.prefetch need '
+                    'less memory, and data.workers=0 none of their own')
 
   def faults(self) -> dict[str, int]:
     """How many records this host's batches had to leave out since the run began, by reason (`faults.REASONS`)."""
@@ -229,6 +250,11 @@ class TrainBatches(Iterator[Batch]):
   def close(self) -> None:
     """Ends the workers; the next batch would start new ones."""
     _stop(self._running)
+
+
+def _obituary(worker: multiprocessing.process.BaseProcess) -> str:
+  code = worker.exitcode
+  return f'process {worker.pid} by {signal.Signals(-code).name if code < 0 else f"exit code {code}"}'
 
 
 def _stop(running: list[grain.DatasetIterator]) -> None:

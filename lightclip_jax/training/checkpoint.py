@@ -110,8 +110,8 @@ class Checkpointer:
       self._failures += 1
       seconds = min(2.0 ** (self._failures - 1), _LONGEST_WAIT)
       self._again = time.monotonic() + seconds
-      print(f'step {step}: checkpoint {self._saving} is not saved ({error}), the last good one is {self._manager.latest_step()}; '
-            f'training goes on, tried again in {seconds:g} s', file=sys.stderr, flush=True)
+      print(f'step {step}: checkpoint {self._saving} is not saved ({error}), the last good one is '
+            f'{self._manager.latest_step()}; training goes on, tried again in {seconds:g} s', file=sys.stderr, flush=True)
 
   def _attempt(self, step: int, state: TrainState, run: RunState, metrics: Mapping[str, float] | None, wait: bool) -> None:
     self.wait()   # for the save before: its note names that step
@@ -224,7 +224,9 @@ class Checkpointer:
         raise
       self._manager.reload()   # what the save that failed was to replace is still there
       needed = f', and a checkpoint needs {self._bytes / 1e6:,.1f} MB' if code == errno.ENOSPC else ''
-      raise OSError(code, os.strerror(code) + needed, getattr(error, 'filename', None) or str(self._manager.directory)) from error
+      file = str(getattr(error, 'filename', ''))
+      place = file if os.path.isabs(file) else str(self._manager.directory)
+      raise OSError(code, os.strerror(code) + needed, place) from error
 
 
 def _code_of(error: OSError | ValueError) -> int | None:

@@ -1,6 +1,7 @@
 """The order of examples: what it depends on, what it must not depend on, and how it continues."""
 import itertools
 import json
+import multiprocessing
 import os
 import pathlib
 import signal
@@ -59,6 +60,31 @@ def test_shapes_dtypes_and_meaning(shapes_folder):
   np.testing.assert_array_equal(batch['masked_labels'], picked * (batch['masked_weights'] > 0))
   same = (batch['tokens'][:, None] == batch['tokens'][None]).all(-1)
   np.testing.assert_array_equal(batch['caption_id'][:, None] == batch['caption_id'][None], same)
+
+
+def test_a_worker_that_dies_is_named_and_replaced(shapes_folder, capfd):
+  batches = _batches(shapes_folder, workers=1)
+  got, dead = [next(batches)], multiprocessing.active_children()[0].pid
+  os.kill(dead, signal.SIGKILL)
+  got += _take(batches, 11)   # more than were made ahead
+  _assert_equal(got, _take(_batches(shapes_folder), 12))
+  said = [line for line in capfd.readouterr().err.splitlines() if 'data worker died' in line]
+  assert len(said) == 1 and f'process {dead} by SIGKILL; new ones continue at batch ' in said[0]
+
+
+def test_workers_that_die_again_and_again_stop_the_run(shapes_folder, monkeypatch, capsys):
+  class Dying:
+    def __next__(self):
+      raise RuntimeError('Worker process was terminated unexpectedly with exit code 1.')
+
+    def close(self):
+      pass
+
+  batches = _batches(shapes_folder)
+  monkeypatch.setattr(pipeline, 'iter', lambda dataset: Dying(), raising=False)
+  with pytest.raises(UserError, match='died 3 times in a row .*exit code 1.*data.workers=0'):
+    next(batches)
+  assert capsys.readouterr().err.count('data worker died') == 3 and batches.state()['next_batch'] == 0
 
 
 @pytest.mark.parametrize('workers', [1, 2])

@@ -3,6 +3,8 @@ import contextlib
 import errno
 import io
 import json
+import re
+import struct
 import time
 
 import jax
@@ -10,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from tensorboardX.proto import event_pb2
 
 from lightclip_jax import cli, storage
 from lightclip_jax import config as config_lib
@@ -125,13 +128,14 @@ def test_training_goes_on_when_a_save_fails_and_a_later_step_is_saved(tmp_path, 
 def test_the_last_save_is_patient_and_then_one_line(tmp_path, monkeypatch, capsys):
   with keeper_of(tmp_path) as keeper:
     keeper.save(1, state_of(1), run_of(1), wait=True)
+    monkeypatch.setattr(storage, 'WAITS', (0.5,) * 4)   # the other writes of a save that failed still go on for a moment
     monkeypatch.setattr(ocp.JsonCheckpointHandler, '_save_fn', failing_in_background(2))
     keeper.save(2, state_of(2), run_of(2), wait=True)
-    assert capsys.readouterr().err.count('tried again in') == 2
+    assert capsys.readouterr().err.count('tried again in') >= 2
     monkeypatch.setattr(ocp.JsonCheckpointHandler, '_save_fn', failing_in_background(9))
     assert cli.run(lambda: keeper.save(3, state_of(3), run_of(3), wait=True)) == 1
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert said == (f"error: Input/output error: {tmp_path / 'checkpoints'}; when it answers again, start the same command again")
+    said, = re.findall('^error: .*', capsys.readouterr().err, re.MULTILINE)
+    assert re.fullmatch(f'error: .*: {tmp_path}/checkpoints.*; when it answers again, start the same command again', said)
   monkeypatch.undo()
   assert restored(tmp_path) == 2
 
@@ -157,3 +161,72 @@ def test_a_checkpoint_that_cannot_be_read_for_a_moment_is_not_damaged(tmp_path, 
     monkeypatch.setattr(keeper._manager, 'restore', twice := failing(2, keeper._manager.restore))
     state, _ = keeper.restore(state_of(0))
   assert int(state.step) == 2 and len(twice.calls) == 3 and not (tmp_path / 'damaged').exists()
+
+
+class Failing(io.FileIO):
+  """A file on storage that fails while `storage_fails`."""
+  storage_fails = False
+
+  def write(self, data):
+    if self.storage_fails:
+      raise OSError(errno.EIO, 'Input/output error')
+    return super().write(data)
+
+
+def test_lines_wait_in_memory_while_the_log_cannot_be_written(tmp_path, monkeypatch, capsys):
+  writer, path = metrics.MetricWriter(tmp_path, 0), tmp_path / 'metrics.jsonl'
+  steps = lambda: [json.loads(line)['step'] for line in path.read_text().splitlines()]  # noqa: E731
+  for log in (writer._file, writer._board):
+    log._file.close()
+    log._file = io.BufferedWriter(Failing(log._path, 'a'), metrics._KEPT)
+  writer.write(1, {'train/loss': 1.0})
+  monkeypatch.setattr(Failing, 'storage_fails', True)
+  for step in range(2, 200):   # more than the usual 8 KB
+    writer.write(step, {'train/loss': 1.0, 'train/a_metric_with_a_longer_name': 0.123456789})
+  said = capsys.readouterr().err.splitlines()
+  assert len(said) == 2 and all('Input/output error' in line and 'training goes on' in line for line in said)
+  assert str(path) in said[0] and steps() == [1]
+  monkeypatch.setattr(Failing, 'storage_fails', False)
+  writer.write(200, {'train/loss': 1.0})
+  assert steps() == list(range(1, 201))
+  monkeypatch.setattr(Failing, 'storage_fails', True)
+  writer.write(201, {'train/loss': 1.0})
+  capsys.readouterr()
+  assert cli.run(writer.close) == 1
+  assert f'error: Input/output error: {path}; when it answers' in capsys.readouterr().err
+  monkeypatch.setattr(Failing, 'storage_fails', False)
+  writer.close()
+  assert steps()[-1] == 201
+
+
+def test_tensorboard_s_records_are_whole(tmp_path):
+  writer = metrics.MetricWriter(tmp_path, 6)
+  writer.write(7, {'train/loss': 1.5, 'eval/x': 2.0})
+  writer.close()
+  assert crc32c(b'123456789') == 0xe3069283
+  path, = (tmp_path / 'tensorboard').iterdir()
+  start, purge, event = tf_events(path)
+  assert start.file_version == 'brain.Event:2' and purge.step == 7 and purge.session_log.status == 1
+  assert event.step == 7 and {v.tag: v.simple_value for v in event.summary.value} == {'train/loss': 1.5, 'eval/x': 2.0}
+
+
+def crc32c(data):
+  """Bit by bit, as RFC 3720 defines it."""
+  value = 0xffffffff
+  for byte in data:
+    value ^= byte
+    for _ in range(8):
+      value = value >> 1 ^ (0x82f63b78 if value & 1 else 0)
+  return value ^ 0xffffffff
+
+
+def tf_events(path):
+  """By the format's description: uint64 length, its masked CRC-32C, content, its masked CRC-32C."""
+  data = path.read_bytes()
+  while data:
+    length, = struct.unpack('<Q', data[:8])
+    for part, crc in ((data[:8], data[8:12]), (data[12:12 + length], data[12 + length:16 + length])):
+      plain = crc32c(part)
+      assert struct.unpack('<I', crc)[0] == ((plain >> 15 | plain << 17) + 0xa282ead8) & 0xffffffff
+    yield event_pb2.Event.FromString(data[12:12 + length])
+    data = data[16 + length:]
