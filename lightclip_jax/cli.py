@@ -1,13 +1,13 @@
-"""What all entry points share: a mistake of the user's is one line and exit code 2, Ctrl-C one line and 130, storage that
-fails one line and 1."""
+"""What all entry points share: a mistake of the user's is one line and exit code 2, Ctrl-C one line and 130, a disk that
+takes no more, or does not answer, one line and 1."""
 import errno
 import sys
 from collections.abc import Callable
 
+from lightclip_jax import storage
 from lightclip_jax.errors import UserError
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-_STORAGE = (*_FULL, errno.EROFS, errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
+_LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def run(main: Callable[[], int | None], debug: bool = False) -> int:
@@ -20,12 +20,12 @@ def run(main: Callable[[], int | None], debug: bool = False) -> int:
     print(f'error: {error}', file=sys.stderr)
     return 2
   except OSError as error:
-    if debug or error.errno not in _STORAGE:
+    if debug or not (error.errno in _LASTING or storage.passes(error)):
       raise
     named = _named(error)
     where = named.filename or 'a file that is open'
-    advice = 'make room' if error.errno in _FULL else 'see to the storage'
-    print(f'error: {named.strerror}: {where}; {advice}, and start the same command again', file=sys.stderr)
+    first = 'make room, and' if named.errno in _LASTING else 'when it answers again,'
+    print(f'error: {named.strerror or named}: {where}; {first} start the same command again', file=sys.stderr)
     return 1
   except KeyboardInterrupt:
     if debug:

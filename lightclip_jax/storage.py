@@ -9,6 +9,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 import fsspec
 from etils import epath
@@ -16,8 +17,14 @@ from etils import epath
 from lightclip_jax.errors import UserError
 
 Path = pathlib.Path | epath.Path
-PAUSES = (1, 2, 4, 8, 16)   # seconds before storage that failed is asked again
-_LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR)
+T = TypeVar('T')
+
+# What a disk or a network may get over by itself; a full or a read-only disk does not. A folder is not empty when it is removed
+# after a save that failed and still has writes under way.
+PASSING = {errno.EIO, errno.ENOTEMPTY, errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.ESTALE, errno.ETIMEDOUT,
+           errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET, errno.ECONNABORTED, errno.ECONNRESET, errno.ECONNREFUSED,
+           errno.EHOSTDOWN, errno.EHOSTUNREACH}
+WAITS = (1.0, 2.0, 4.0, 8.0)   # seconds between attempts: together less than the half minute that preemption leaves
 
 
 def path(name: str | os.PathLike[str]) -> Path:
@@ -50,31 +57,27 @@ def absolute(path: Path) -> Path:
   return path if in_bucket(path) else path.absolute()
 
 
-def passing(error: OSError) -> bool:
-  """Whether the same may work a little later: not if a disk is full or read-only, or a place is missing or forbidden."""
-  return error.errno not in _LASTING
+def passes(error: OSError) -> bool:
+  """Whether another attempt may succeed without anybody's help."""
+  return error.errno in PASSING or isinstance(error, (TimeoutError, ConnectionError))
 
 
-def persistently(attempt: Callable[[], object], what: str) -> None:
-  """Calls `attempt`, again after 1, 2, 4, 8 and 16 seconds where storage failed for a moment; each time one line says so.
-
-  Raises:
-    OSError: the last one, or one that is not `passing`.
-  """
-  for pause in (*PAUSES, None):
+def patiently(action: Callable[[], T]) -> T:
+  """What `action()` returns, which is called again after each of `WAITS` while storage fails with an error that passes."""
+  for seconds in WAITS:
     try:
-      attempt()
-      return
+      return action()
     except OSError as error:
-      if pause is None or not passing(error):
+      if not passes(error):
         raise
-      print(f'{what}: {error}; tried again in {pause} s', file=sys.stderr, flush=True)
-      time.sleep(pause)
+      print(f'{error}; tried again in {seconds:g} s', file=sys.stderr, flush=True)
+      time.sleep(seconds)
+  return action()
 
 
 def write_text(path: Path, text: str) -> None:
-  """Writes or replaces a file at once: no reader, and no later run, finds half of it. Tried again as `persistently` does."""
-  persistently(lambda: _write_text(path, text), f'writing {path.name}')
+  """Writes or replaces a file at once, patiently: no reader, and no later run, finds half of it."""
+  patiently(lambda: _write_text(path, text))
 
 
 def _write_text(path: Path, text: str) -> None:

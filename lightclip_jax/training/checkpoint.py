@@ -6,9 +6,12 @@ aside, and the one before is used; a workdir that had checkpoints and has none l
 import contextlib
 import dataclasses
 import errno
+import functools
 import hashlib
 import json
+import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +31,8 @@ from lightclip_jax.training.state import TrainState
 # array, and compiles the cut for each of their shapes: 22 s on 8 devices before the first save.
 _SHARED_FROM = 16 << 20   # bytes
 HISTORY = 'history.json'   # in the workdir: which step was saved last
+_LONGEST_WAIT = 300.0   # seconds before a save that failed is tried again, which double from 1
+_SLOW = 60.0            # seconds for which a save that waits for the one before is told
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +52,8 @@ class Checkpointer:
 
   def __init__(self, workdir: storage.Path, config: config_lib.Checkpoint) -> None:
     self._config, self._workdir = config, workdir
-    self._saving = self._bytes = 0   # the step that is saved last, and the size of its arrays
+    self._saving = self._saved = self._bytes = 0   # the steps of the newest save and of the newest whole one; its arrays' size
+    self._failures, self._again = 0, math.inf      # in a row, and when the next attempt is due
     arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_SHARED_FROM)
     registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
     self._manager = ocp.CheckpointManager(
@@ -61,58 +67,63 @@ class Checkpointer:
 
   @property
   def late(self) -> bool:
-    """Whether a save is due by this process's clock."""
+    """Whether a save is due by this process's clock, or because one failed."""
     minutes = (time.monotonic() - self._last_save) / 60
-    return bool(self._config.every_minutes and minutes >= self._config.every_minutes)
+    return bool(self._config.every_minutes and minutes >= self._config.every_minutes) or self._retry
 
-  def save(self, step: int, state: TrainState, run: RunState, metrics: Mapping[str, float] | None = None,
+  @property
+  def _retry(self) -> bool:
+    if jax.process_count() > 1:
+      return False
+    if self._again < math.inf:
+      return time.monotonic() >= self._again
+    return self._saving != self._saved and not self._manager.is_saving_in_progress()
+
+  def save(self, step: int, state: TrainState, run: RunState, metrics: Mapping[str, float] | None = None, *,
            wait: bool = False) -> None:
     """Copies the state off the devices and writes it in the background. A step that is saved already is left alone.
 
-    Where storage fails for a moment, it is asked again. A save that failed in the background is told, and its place is taken by
-    this one; of several processes all end then, and start again at the one before.
+    Where storage fails with an error that passes, training goes on with the last good save: that is told, and the state of
+    a later step is `late` soon. Several processes would have to agree on that; they end, and start at the last good save.
 
     Args:
       step: its number.
       state: arrays.
       run: everything else.
       metrics: of an evaluation of this very state; None: there was none.
-      wait: whether to return only when it is on disk.
+      wait: return when it is on disk, with `storage.patiently`.
 
     Raises:
       UserError: if the metric that decides which is best is not among them.
-      OSError: if the disk is full, or storage fails for long, now or when the save before was written.
+      OSError: naming the folder: ENOSPC, if the disk is full, now or when the save before was written; with `wait`, and of
+        several processes, any other too.
     """
-    self._finish_previous()   # its note names that step
-    if step in self._manager.all_steps():
+    attempt = functools.partial(self._attempt, step, state, run, metrics, wait)
+    if wait and jax.process_count() == 1:
+      storage.patiently(attempt)
       return
-    item = _as_dict(state)
-    self._saving, self._bytes = step, sum(leaf.nbytes for leaf in jax.tree.leaves(item))
-    arguments = ocp.args.Composite(**{
-        STATE: ocp.args.PyTreeSave(item), RUN: ocp.args.JsonSave(_sealed(run, checksum.checksums(item)))})
-
-    def write() -> None:
-      with self._storage_errors():
-        self._manager.save(step, metrics=self._score(metrics), args=arguments)
-        if wait:
-          self._manager.wait_until_finished()
-
-    if jax.process_count() == 1:
-      storage.persistently(write, f'checkpoint {step}')
-    else:
-      write()
-    self._last_save = time.monotonic()
-
-  def _finish_previous(self) -> None:
-    """Returns when no save is under way."""
     try:
-      with self._storage_errors():
-        self._manager.wait_until_finished()
+      attempt()
     except OSError as error:
-      if jax.process_count() > 1 or not storage.passing(error):
+      if jax.process_count() > 1 or not storage.passes(error):
         raise
-      distributed.say(f'checkpoint {self._saving} could not be written: {error}; those before it are whole, and training '
-                      'goes on')
+      self._failures += 1
+      seconds = min(2.0 ** (self._failures - 1), _LONGEST_WAIT)
+      self._again = time.monotonic() + seconds
+      print(f'step {step}: checkpoint {self._saving} is not saved ({error}), the last good one is '
+            f'{self._manager.latest_step()}; training goes on, tried again in {seconds:g} s', file=sys.stderr, flush=True)
+
+  def _attempt(self, step: int, state: TrainState, run: RunState, metrics: Mapping[str, float] | None, wait: bool) -> None:
+    self.wait()   # for the save before: its note names that step
+    if step not in self._manager.all_steps():
+      item = _as_dict(state)
+      self._saving, self._bytes = step, sum(leaf.nbytes for leaf in jax.tree.leaves(item))
+      with self._failures_by_name():
+        self._manager.save(step, metrics=self._score(metrics), args=ocp.args.Composite(**{
+            STATE: ocp.args.PyTreeSave(item), RUN: ocp.args.JsonSave(_sealed(run, checksum.checksums(item)))}))
+      self._last_save, self._again = time.monotonic(), math.inf
+    if wait:
+      self.wait()
 
   def _score(self, metrics: Mapping[str, float] | None) -> dict[str, float] | None:
     best = self._config.best
@@ -149,7 +160,8 @@ class Checkpointer:
     item, said, found = _as_dict(like), '', None
     how = ocp.args.PyTreeRestore(item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item))
     try:
-      restored = self._manager.restore(step, args=ocp.args.Composite(**{STATE: how, RUN: ocp.args.JsonRestore()}))
+      read = functools.partial(self._read, step, ocp.args.Composite(**{STATE: how, RUN: ocp.args.JsonRestore()}))
+      restored = read() if jax.process_count() > 1 else storage.patiently(read)   # each process reads as often as the others
       run = _unsealed(restored[RUN], restored[STATE])
       found = TrainState(**{'ema': None, 'batch_stats': {}, **restored[STATE]}), run
     except jax.errors.JaxRuntimeError:   # a device or another process is lost, which says nothing of the checkpoint
@@ -157,6 +169,10 @@ class Checkpointer:
     except Exception as error:  # noqa: BLE001 (damage makes its readers raise anything)
       said = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
     return (None, said or 'another process cannot read it') if any(distributed.agree(0, found is None)) else (found, '')
+
+  def _read(self, step: int, args: ocp.args.Composite) -> Any:
+    with self._failures_by_name():
+      return self._manager.restore(step, args=args)
 
   def _keep_aside(self, step: int, said: str) -> None:
     place = self._workdir / 'damaged' / f'{step}-{time.time_ns()}'
@@ -172,6 +188,7 @@ class Checkpointer:
     """Called by Orbax when a save is whole on disk."""
     if jax.process_index() == 0:
       storage.write_text(self._workdir / HISTORY, json.dumps({'saved': self._saving}) + '\n')
+    self._saved, self._failures = self._saving, 0
 
   def _history(self) -> int:
     """The step that was saved last, as noted beside the checkpoints; 0: none."""
@@ -182,25 +199,45 @@ class Checkpointer:
     except (ValueError, KeyError, TypeError):
       return -1   # damaged itself; yet it was there
 
+  def wait(self) -> None:
+    """Returns when the save under way is on disk. Raises OSError, with the folder's name, if storage does not take it."""
+    start = time.monotonic()
+    with self._failures_by_name():
+      self._manager.wait_until_finished()
+    if time.monotonic() - start > _SLOW:
+      distributed.say(f'storage is slow: training waited {time.monotonic() - start:.0f} s for checkpoint {self._saving} to be '
+                      f'written to {str(self._manager.directory)!r}')
+
   def close(self) -> None:
-    """Waits for a save under way, and releases the threads. Raises OSError as `save`."""
-    with self._storage_errors():
+    """Waits and releases the threads. Raises as `wait`."""
+    with self._failures_by_name():
       self._manager.close()
 
   @contextlib.contextmanager
-  def _storage_errors(self) -> Iterator[None]:
-    """TensorStore's errors become the system's own, with the folder's name; a save that failed leaves nothing behind."""
+  def _failures_by_name(self) -> Iterator[None]:
+    """Storage's errors become the system's own, with the folder's name, whichever library raises them."""
     try:
       yield
     except (OSError, ValueError) as error:
-      if isinstance(error, ValueError) and 'writing' not in str(error):
+      code = _code_of(error)
+      if code is None:
         raise
-      self._manager.reload()
-      if isinstance(error, OSError):
-        raise
-      full = 'RESOURCE_EXHAUSTED' in str(error)
-      said = f'{os.strerror(errno.ENOSPC)}, and a checkpoint needs {self._bytes / 1e6:,.1f} MB' if full else str(error)[:200]
-      raise OSError(errno.ENOSPC if full else errno.EIO, said, str(self._manager.directory)) from error
+      self._manager.reload()   # what the save that failed was to replace is still there
+      needed = f', and a checkpoint needs {self._bytes / 1e6:,.1f} MB' if code == errno.ENOSPC else ''
+      file = str(getattr(error, 'filename', ''))
+      place = file if os.path.isabs(file) else str(self._manager.directory)
+      raise OSError(code, os.strerror(code) + needed, place) from error
+
+
+def _code_of(error: OSError | ValueError) -> int | None:
+  """The system's number of a failure of storage, which TensorStore puts into its text; None: it is another error."""
+  if isinstance(error, OSError):
+    return error.errno or errno.ETIMEDOUT   # Orbax's own have no number
+  text = str(error)
+  if found := re.search(r"os_error_code='(\d+)'", text):
+    return int(found[1])
+  statuses = {'RESOURCE_EXHAUSTED': errno.ENOSPC, 'UNAVAILABLE': errno.ETIMEDOUT, 'DEADLINE_EXCEEDED': errno.ETIMEDOUT}
+  return next((code for status, code in statuses.items() if text.startswith(status) and 'writing' in text), None)
 
 
 def _options(config: config_lib.Checkpoint, saved: Callable[[], None]) -> ocp.CheckpointManagerOptions:

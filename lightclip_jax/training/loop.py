@@ -223,7 +223,8 @@ class Run:
 
   def _save(self, wait: bool = False) -> None:
     self._settle()
-    with self._outside_training(), self.watchdog.waiting_for('a checkpoint to be written'):
+    which = 'the checkpoint' if wait else 'the checkpoint before this one'
+    with self._outside_training(), self.watchdog.waiting_for(f'{which} to be written'):
       self._checkpointer.save(self.step, self.state, metrics=self._scores, wait=wait, run=checkpoint_lib.RunState(
           iterator=self._batches.state(), meter=self._meter.state(), health=self._health.state(),
           config=dataclasses.asdict(self.config), preprocessing=lightclip.preprocessing(self.config.model),

@@ -1,19 +1,24 @@
 """Metrics: averaged over an interval on the host, written to the console, `metrics.jsonl` and TensorBoard."""
-import functools
 import json
 import math
 import pathlib
 import shutil
+import socket
+import struct
+import sys
 import tempfile
 import time
 from collections.abc import Mapping
 from typing import Any
 
-import tensorboardX
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import masked_crc32c
 
 from lightclip_jax import storage
 
 COPY_SECONDS = 30   # between copies of the logs into a bucket, which takes one file about once a second
+_KEPT = 1 << 20     # bytes of a log that wait in memory while storage fails
 
 
 class Meter:
@@ -71,6 +76,37 @@ class Clock:
     return out
 
 
+class Log:
+  """A file that grows. What storage does not take for a while stays in memory, and is written with what comes next."""
+
+  def __init__(self, path: pathlib.Path) -> None:
+    self._path, self._file, self._failed = path, path.open('ab', buffering=_KEPT), False
+
+  def write(self, data: bytes) -> None:
+    """Appends at once. Raises OSError, with the file's name, for what does not pass, such as a full disk."""
+    try:
+      self._file.write(data)
+      self._flush()
+      self._failed = False
+    except OSError as error:
+      if not storage.passes(error):
+        raise
+      if not self._failed:
+        print(f'{error}; training goes on, and what is logged is written later', file=sys.stderr, flush=True)
+      self._failed = True
+
+  def close(self) -> None:
+    """Writes what is left, patiently."""
+    storage.patiently(self._flush)
+    self._file.close()
+
+  def _flush(self) -> None:
+    try:
+      self._file.flush()   # which keeps what it cannot write
+    except OSError as error:
+      raise OSError(error.errno, error.strerror, str(self._path)) from error
+
+
 class MetricWriter:
   """Appends to `metrics.jsonl` and TensorBoard; lines after `resume_step` (of a run that was killed) are dropped first.
 
@@ -85,8 +121,12 @@ class MetricWriter:
       kept = [line for line in old.read_text().splitlines() if _step_of(line) <= resume_step]
       storage.write_text(path, ''.join(line + '\n' for line in kept))
     self._last = kept[-1:]   # the evaluation of a run that was complete, but for its report
-    self._file = path.open('ab', buffering=0)
-    self._board = tensorboardX.SummaryWriter(str(self._local / 'tensorboard'), purge_step=resume_step + 1)
+    self._file, board = Log(path), self._local / 'tensorboard'
+    board.mkdir(exist_ok=True)
+    # Not tensorboardX's own writer: its thread ends with the first error, and whoever writes then waits for ever.
+    self._board = Log(board / f'events.out.tfevents.{time.time():.0f}.{socket.gethostname()}')
+    self._event(file_version='brain.Event:2')
+    self._event(step=resume_step + 1, session_log=SessionLog(status=SessionLog.START))
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
     """One line, flushed at once. What is not finite is left out, which JSON has no way to say."""
@@ -94,9 +134,9 @@ class MetricWriter:
     line = json.dumps({'step': step, **values}, allow_nan=False)
     if line in self._last:
       return
-    storage.persistently(lambda: self._file.write(line.encode() + b'\n'), 'metrics.jsonl')
-    for name, value in values.items():
-      self._board.add_scalar(name, value, step)
+    self._file.write(f'{line}\n'.encode())
+    self._event(step=step, summary=Summary(value=[
+      Summary.Value(tag=name, simple_value=value) for name, value in values.items()]))
     if time.monotonic() - self._copied > COPY_SECONDS:
       self.flush()
 
@@ -104,12 +144,17 @@ class MetricWriter:
     """Brings what is written into the workdir."""
     if self._local == self._workdir:
       return
-    self._board.flush()
     for file in self._local.rglob('*.*'):
       place = self._workdir / file.relative_to(self._local)
       place.parent.mkdir(parents=True, exist_ok=True)
-      storage.persistently(functools.partial(place.write_bytes, file.read_bytes()), file.name)
+      place.write_bytes(file.read_bytes())
     self._copied = time.monotonic()
+
+  def _event(self, **values: Any) -> None:
+    """Appends a record of TensorBoard's: its length and content, each with a checksum."""
+    data = Event(wall_time=time.time(), **values).SerializeToString()
+    parts = struct.pack('<Q', len(data)), data
+    self._board.write(b''.join(part + struct.pack('<I', masked_crc32c(part)) for part in parts))
 
   def close(self) -> None:
     """Flushes everything."""

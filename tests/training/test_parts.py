@@ -90,14 +90,14 @@ def test_a_full_disk_is_one_line(tmp_path, capsys):
   def main():
     with open('/dev/full', 'w') as logs:
       logs.write('x' * 100)
-      with keeper._storage_errors():   # as TensorStore says it
+      with keeper._failures_by_name():   # as TensorStore says it
         raise ValueError('RESOURCE_EXHAUSTED: Error writing "params/0" in OCDBT database at local file "x"')
 
   assert cli.run(main) == 1
   said = capsys.readouterr().err
   assert said.startswith('error: No space left on device, and a checkpoint needs 0.0 MB: ')
   assert str(tmp_path / 'run') in said and said.count('\n') == 1
-  with pytest.raises(ValueError, match='another'), keeper._storage_errors():
+  with pytest.raises(ValueError, match='another'), keeper._failures_by_name():
     raise ValueError('another error')
   with pytest.raises(PermissionError):   # not about room
     cli.run(lambda: (_ for _ in ()).throw(PermissionError(13, 'no', 'f')))
