@@ -4,16 +4,19 @@
 
 Plain CLIP (its loss, AdamW) with a 6-layer text tower of width 512, 77 positions and 49,408 tokens. open_clip's images are
 on the device and normalised before; ours are bytes. Each setting is a process of its own; in a round each makes a few steps,
-one setting after the other, and of a setting's seconds a step the median over rounds counts. "ratio" is the median over rounds
-of the seconds of open_clip's best setting by ours: above 1 we are faster. `--full` adds our step with all three objectives.
-PYTHON is an interpreter with open_clip (launch/parity_env.sh makes it).
+one setting after the other, the first of them not timed: memory that lay idle goes back to a virtual machine's host. Of a
+setting's seconds a step the median over rounds counts. "ratio" is the median over rounds of the seconds of open_clip's best
+setting by ours: above 1 we are faster. On CPUs both sides may use large pages: ours as launch/local.sh does, PyTorch in
+settings of their own. `--full` adds our step with all objectives. PYTHON: an interpreter with open_clip (launch/parity_env.sh).
 """
 import argparse
+import itertools
 import json
 import os
 import pathlib
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -27,8 +30,9 @@ from lightclip_jax import config as config_lib
 from lightclip_jax.errors import UserError
 
 SIZE, CONTEXT, VOCABULARY, WIDTH, LAYERS = 224, 77, 49_408, 512, 6
+OWN_PAGES = {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}   # large ones
+PEER_PAGES = {'THP_MEM_ALLOC_ENABLE': '1'}
 TOWERS = ('mobilenet_v2', 'resnet18', 'vit_ti')
-LONGEST = 'the setting did not start; its last words: '
 
 
 def config_of(tower: str, dtype: str, batch: int, full: bool) -> config_lib.Config:
@@ -48,19 +52,14 @@ def serve(config: config_lib.Config, length: int) -> None:
   """Our side of what `benchmarks/train_step_open_clip.py` does for theirs, on random examples of `length` positions."""
   import jax
 
+  from benchmarks import noise
   from lightclip_jax import sharding
-  from lightclip_jax.training.step import Trainer, abstract_batch, put_batch
+  from lightclip_jax.training.step import Trainer, put_batch
   trainer = Trainer.create(config, sharding.make_mesh(config.mesh))
-  rng = np.random.default_rng(0)
   start = time.perf_counter()
   step, state = trainer.compile_step(length), trainer.init_state()
   compiled = time.perf_counter() - start
-  arrays = {name: rng.integers(0, 2 if leaf.dtype == bool else 12, leaf.shape).astype(leaf.dtype)
-            for name, leaf in vars(abstract_batch(config, trainer.mesh, length)).items() if leaf is not None}
-  arrays['image'] = rng.integers(0, 256, arrays['image'].shape, np.uint8)
-  arrays['tokens'][:, -1] = arrays['masked_tokens'][:, -1] = VOCABULARY - 1
-  arrays['caption_id'] = np.arange(len(arrays['caption_id']), dtype=np.int32)
-  batch = put_batch(arrays, trainer.mesh)
+  batch = put_batch(noise.examples(config, trainer.mesh, length), trainer.mesh)
   print(json.dumps(compiled), flush=True)
   for line in sys.stdin:
     start = time.perf_counter()
@@ -80,10 +79,10 @@ def peak_of_process() -> int:
 class Setting:
   """One process that makes steps when asked. `first` is the seconds of its compilation, or of its first step."""
 
-  def __init__(self, name: str, command: list[str]):
+  def __init__(self, name: str, command: list[str], environment: dict[str, str]):
     self.name, self.seconds = name, []
     self._log = pathlib.Path(f'{os.environ.get("TMPDIR", "/tmp")}/train_step-{os.getpid()}-{name.replace(" ", "-")}.log')
-    environment = {**os.environ, 'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'}
+    environment = {**os.environ, 'XLA_PYTHON_CLIENT_PREALLOCATE': 'false', **environment}
     with self._log.open('w') as log:
       self._process = subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
                                        env=environment)
@@ -97,7 +96,9 @@ class Setting:
     return json.loads(line)
 
   def run(self, steps: int) -> None:
-    """Makes some steps, and notes the seconds of one."""
+    """Makes one step and then some, and notes the seconds of one of these."""
+    print(1, file=self._process.stdin, flush=True)
+    self._read()
     print(steps, file=self._process.stdin, flush=True)
     self.seconds.append(self._read() / steps)
 
@@ -111,30 +112,30 @@ class Setting:
             'peak_gigabytes': peak / 1e9}
 
 
-def settings(flags: argparse.Namespace) -> dict[str, list[str]]:
-  """Name -> command, ours first."""
+def settings(flags: argparse.Namespace) -> dict[str, tuple[list[str], dict[str, str]]]:
+  """Name -> command and environment, ours first."""
   own = [sys.executable, '-m', 'benchmarks.train_step', f'--tower={flags.tower}', f'--batch={flags.batch}']
-  out = {f'ours {dtype}': [*own, f'--serve={dtype}'] for dtype in flags.dtypes}
-  out |= {f'ours {flags.dtypes[0]}, {length} positions': [*own, f'--serve={flags.dtypes[0]}', f'--length={length}']
+  out = {f'ours {dtype}': ([*own, f'--serve={dtype}'], OWN_PAGES) for dtype in flags.dtypes}
+  out |= {f'ours {flags.dtypes[0]}, {length} positions': ([*own, f'--serve={flags.dtypes[0]}', f'--length={length}'], OWN_PAGES)
           for length in flags.lengths}
   if flags.full:
-    out[f'ours {flags.dtypes[0]}, full objective'] = [*own, f'--serve={flags.dtypes[0]}', '--full']
+    out[f'ours {flags.dtypes[0]}, full objective'] = [*own, f'--serve={flags.dtypes[0]}', '--full'], OWN_PAGES
   if flags.open_clip:
     script = str(pathlib.Path(__file__).with_name('train_step_open_clip.py'))
     shape = [str(n) for n in (flags.batch, SIZE, CONTEXT, VOCABULARY, WIDTH, LAYERS)]
-    for dtype in flags.peer_dtypes:
-      for compiled in ('0', '1'):
-        name = f'open_clip {dtype} {"compiled" if compiled == "1" else "eager"}'
-        out[name] = [flags.open_clip, script, flags.tower, dtype, compiled, *shape]
+    environments = ({},) if shutil.which('nvidia-smi') else ({}, PEER_PAGES)
+    for dtype, how, pages in itertools.product(flags.peer_dtypes, ('eager', 'compiled'), environments):
+      command = [flags.open_clip, script, flags.tower, dtype, str(int(how == 'compiled')), *shape]
+      out[f'open_clip {dtype} {how}{", large pages" if pages else ""}'] = command, pages
   return out
 
 
 def measure(flags: argparse.Namespace) -> dict[str, Any]:
   """Starts every setting, lets them take turns, and compares."""
   running, failed = {}, {}
-  for name, command in tqdm.tqdm(settings(flags).items(), desc='starting'):
+  for name, (command, environment) in tqdm.tqdm(settings(flags).items(), desc='starting'):
     try:
-      running[name] = Setting(name, command)
+      running[name] = Setting(name, command, environment)
       running[name].run(1)
       running[name].seconds.clear()
     except UserError as error:
