@@ -66,6 +66,35 @@ def test_collectives_are_counted_once_with_their_loops():
   assert hlo.summary(list(found.values()))['collective-permute in loops'] == dict(instructions=1, runs=256, bytes=32 * 256)
 
 
+PLACED = """HloModule jit_step
+
+%fused (x: f32[8], y: f32[8]) -> f32[8] {
+  %x = f32[8]{0:T(128)} parameter(0)
+  %unseen = f32[8]{0:T(128)} negate(%x)
+}
+
+%body (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0:T(128)} parameter(0)
+  ROOT %n = f32[8]{0:T(128)S(1)} negate(%p)
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %a = f32[8]{0:T(128)} parameter(0)
+  %b = bf16[8]{0:T(128)(2,1)S(1)} convert(%a)
+  %start = (f32[8]{0:T(128)S(1)}, f32[8]{0:T(128)}, u32[]{:S(2)}) copy-start(%a)
+  %done = f32[8]{0:T(128)S(1)} copy-done(%start)
+  %cut = ((f32[8]{0:T(128)}), f32[2]{0:T(128)S(1)}, s32[]{:S(2)}) slice-start(%a), slice={[0:2]}
+  %loop = f32[8]{0:T(128)} while(%a), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"10"}}
+  %pair = (f32[8]{0:T(8,128)S(1)}, f32[8]{0:T(8,128)}) fusion(%done, %b), kind=kLoop, calls=%fused
+}
+"""
+
+
+def test_main_memory_is_told_from_fast_memory():
+  convert, copied, cut, loop, fusion = 32, 32, 8, 10 * 32, 32
+  assert hlo.main_memory_bytes(PLACED) == convert + copied + cut + loop + fusion
+
+
 @pytest.mark.parametrize('shape, size', [('f32[8,4]{1,0:T(8,128)}', 128), ('(pred[3], s4[4], token[])', 5), ('bf16[]', 2)])
 def test_bytes_of_shapes(shape, size):
   assert hlo.shape_bytes(shape) == size
@@ -99,7 +128,7 @@ def test_topologies_that_do_not_exist(name):
     Topology.parse(name)
 
 
-PLAN = dict(flops=2e12, bytes_moved=8.19e9, batch_size=512, devices=4, accumulate=1, bytes={},
+PLAN = dict(flops=2e12, bytes_moved=8.19e9, main_memory_bytes=None, batch_size=512, devices=4, accumulate=1, bytes={},
             collectives={'all-reduce': dict(bytes=1e9), 'collective-permute in loops': dict(bytes=2e9)},
             memory=dict(arguments=10e9, outputs=4e9, aliased=3e9, temporaries=4e9, code=0.2e9))
 
@@ -110,6 +139,8 @@ def test_roofline_by_hand():
   assert best['links'] == pytest.approx(4e9 / 200e9) == best['step']   # an all-reduce's bytes count twice
   assert best['examples_per_second_per_chip'] == pytest.approx(128 / 0.02)
   assert best['mfu'] == pytest.approx(best['arithmetic'] / 0.02)
+  read = measure.roofline(PLAN | dict(main_memory_bytes=4.095e9), CHIPS['v5e'])
+  assert read['memory'] == pytest.approx(0.005) and read['step'] == best['step']
 
 
 def test_verdict_counts_donated_buffers_once_and_says_what_to_change():

@@ -173,6 +173,8 @@ class Graph:
                      for x, v in zip(inputs, equation.invars, strict=True)):
       results = equation.primitive.bind(*inputs, **equation.params)
       return [np.asarray(x) for x in (results if equation.primitive.multiple_results else [results])]
+    if name == 'split':
+      return _split(self, inputs[0], shapes, equation.params['axis'])
     if name not in HANDLERS:
       raise UserError(f'the ONNX export has no handler for the JAX primitive {name!r}; export stablehlo instead')
     if name not in BROADCASTING:
@@ -244,6 +246,12 @@ def _slice(graph: Graph, inputs: list[Operand], out: Any, params: Any) -> Operan
   return graph.node('Slice', [inputs[0], *_int64(*bounds)], out.shape)
 
 
+def _split(graph: Graph, x: Operand, shapes: Sequence[Any], axis: int) -> list[Operand]:
+  ends = np.cumsum([shape[axis] for shape in shapes])
+  return [graph.node('Slice', [x, *_int64([end - shape[axis]], [end], [axis])], shape)
+          for end, shape in zip(ends, shapes, strict=True)]
+
+
 def _cumsum(graph: Graph, inputs: list[Operand], out: Any, params: Any) -> Operand:
   return graph.node('CumSum', [inputs[0], np.int64(params['axis'])], out.shape, reverse=int(params['reverse']))
 
@@ -255,6 +263,8 @@ def _dot(graph: Graph, inputs: list[Operand], out: Any, params: Any) -> Operand:
     return [a for a in range(len(x.shape)) if a != contract and a not in batch]
   left, right = inputs
   left_free, right_free = free(left, left_contract, left_batch), free(right, right_contract, right_batch)
+  if len(right.shape) == 2 and not left_batch and left_contract == len(left.shape) - 1:   # ONNX broadcasts the matrix
+    return graph.node('MatMul', [left, graph.transpose(right, [right_contract, *right_free])], out.shape)
   if len(left_free) != 1 or len(right_free) != 1:
     raise UserError(f'the ONNX export takes products with one free axis a side, not {left.shape} by {right.shape}')
   left = graph.transpose(left, [*left_batch, *left_free, left_contract])
@@ -317,6 +327,10 @@ def _call(params: Any, inputs: list[Operand], name: str = 'jaxpr') -> tuple[core
   return params[name].jaxpr, params[name].consts, inputs
 
 
+def _remat(params: Any, inputs: list[Operand]) -> tuple[core.Jaxpr, Any, list[Operand]]:
+  return params['jaxpr'], (), inputs
+
+
 def _cond(params: Any, inputs: list[Operand]) -> tuple[core.Jaxpr, Any, list[Operand]]:
   if not isinstance(inputs[0], (np.ndarray, np.generic)):
     raise UserError('the ONNX export takes no branch that depends on the input')
@@ -325,7 +339,7 @@ def _cond(params: Any, inputs: list[Operand]) -> tuple[core.Jaxpr, Any, list[Ope
 
 
 INLINED = {'jit': _call, 'custom_jvp_call': functools.partial(_call, name='call_jaxpr'),
-           'custom_vjp_call': functools.partial(_call, name='call_jaxpr'), 'cond': _cond}
+           'custom_vjp_call': functools.partial(_call, name='call_jaxpr'), 'cond': _cond, 'remat2': _remat}
 _ELEMENTWISE = {'add': 'Add', 'sub': 'Sub', 'mul': 'Mul', 'div': 'Div', 'max': 'Max', 'min': 'Min', 'exp': 'Exp', 'neg': 'Neg',
                 'erf': 'Erf', 'sqrt': 'Sqrt', 'tanh': 'Tanh', 'logistic': 'Sigmoid', 'eq': 'Equal', 'lt': 'Less',
                 'gt': 'Greater', 'ge': 'GreaterOrEqual', 'le': 'LessOrEqual', 'and': 'And', 'or': 'Or', 'not': 'Not'}

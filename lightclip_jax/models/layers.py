@@ -23,8 +23,9 @@ class ImageFeatures(NamedTuple):
   stages: tuple[jax.Array, ...]            # four feature maps [B, h, w, c], from fine to coarse
 
 
+@jax.checkpoint
 def gelu(x: jax.Array) -> jax.Array:
-  """The exact GELU, as PyTorch's default."""
+  """The exact GELU, as PyTorch's default. Only x is kept for the backward pass: the rest is float32 and cheap."""
   return jax.nn.gelu(x, approximate=False)
 
 
@@ -52,6 +53,7 @@ class DepthwiseConv(nn.Module):
     return convolution.depthwise_conv(x_BxHxWxC, kernel, self.stride)
 
 
+@jax.checkpoint
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None) -> jax.Array:
   """softmax(q kᵀ / √K + bias) v, float32 softmax: q [..., T, N, K]; k, v [..., S, N, K]; bias [..., N or 1, T, S]."""
   logits = jnp.einsum('...tnk,...snk->...nts', q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
@@ -82,8 +84,8 @@ class SelfAttention(nn.Module):
   def __call__(self, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
     width = x.shape[-1]
     qkv = Dense(3 * width, kernel_init=self.kernel_init, name='qkv')(x)
-    qkv = qkv.reshape(*x.shape[:-1], 3, self.heads, width // self.heads)
-    out = attention(qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :], bias)
+    q, k, v = (part.reshape(*x.shape[:-1], self.heads, -1) for part in jnp.split(qkv, 3, axis=-1))
+    out = attention(q, k, v, bias)
     return Dense(width, kernel_init=self.out_init, name='out')(out.reshape(x.shape))
 
 

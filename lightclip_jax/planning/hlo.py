@@ -1,4 +1,4 @@
-"""Reads a compiled program's text: which collectives it has, what they carry, how often they run.
+"""Reads a compiled program's text: which collectives it has, what they carry, how often they run; what goes to main memory.
 
 A loop's body runs as often as the compiler says (`known_trip_count`) or its condition compares with; else it counts as once,
 so that runs and bytes of loops are at least what is said.
@@ -14,6 +14,9 @@ _COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+) .*\{$')
 _CALLED = re.compile(r'(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)')
 _BRANCHES = re.compile(r'branch_computations=\{([^}]*)\}')
 _ARRAY = re.compile(r'\b([a-z]+\d*\w*)\[([\d,]*)\]')
+_MEMORY = re.compile(r'\b[a-z]+\d*\w*\[[\d,]*\](?:\{[^}]*\})?')
+_MOVES = ('copy-start', 'slice-start')   # from one memory to another, while other instructions run
+_MOVE_NOTHING = ('parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'while', 'conditional', 'call')
 _BITS = {'pred': 8, 's4': 4, 'u4': 4}
 
 
@@ -53,6 +56,39 @@ def shape_bytes(shape: str) -> int:
     bits = _BITS.get(dtype) or (int(width[0]) if width else 0)
     total += math.prod(int(d) for d in dims.split(',') if d) * bits // 8
   return total
+
+
+def main_memory_bytes(text: str) -> int:
+  """Bytes that a step of a TPU reads from and writes to main memory, about: arrays that the compiler keeps in the chip's fast
+  memory (S(1)) count only where they come from main memory, or go there."""
+  computations, entry = _split(text)
+  runs, _ = _runs(computations, entry)
+  inside = {name for lines in computations.values() for line in lines if not re.search(r' (while|conditional|call)\(', line)
+            for name in _CALLED.findall(line)}   # of fusions and reductions: they move nothing but what these do
+  return sum(times * _main_bytes(computations[name]) for name, times in runs.items() if name not in inside)
+
+
+def _main_bytes(lines: list[str]) -> int:
+  shapes, total = {}, 0
+  for line in lines:
+    name, equals, rest = line.strip().removeprefix('ROOT ').lstrip('%').partition(' = ')
+    found = equals and _INSTRUCTION.match(line)
+    if not found:
+      continue
+    shapes[name], operation = found[1], found[2]
+    if operation in _MOVE_NOTHING or operation.endswith('-done'):
+      continue
+    operands = [shapes.get(one, '') for one in re.findall(r'%([\w.\-]+)', rest[len(found[1]):].split('), ')[0])]
+    if operation in _MOVES:
+      moved = _parts(found[1])[0 if operation == 'copy-start' else 1]
+      total += shape_bytes(moved) * sum(_in_main(shape) > 0 for shape in (moved, operands[0]))
+    else:
+      total += sum(map(_in_main, [found[1], *operands]))
+  return total
+
+
+def _in_main(shape: str) -> int:
+  return sum(shape_bytes(array) for array in _MEMORY.findall(shape) if 'S(1)' not in array)
 
 
 def summary(found: list[Collective]) -> dict[str, dict[str, int]]:

@@ -71,9 +71,10 @@ def _compiled(trainer: Trainer) -> dict[str, Any]:
     raise UserError(f'does not fit: {said} {advice(trainer.config)}') from error
   seconds, memory, cost = time.perf_counter() - start, compiled.memory_analysis(), compiled.cost_analysis()
   try:
-    found, unread = hlo.collectives(compiled.as_text()), ''
+    text, unread = compiled.as_text(), ''
   except jax.errors.JaxRuntimeError as error:   # a libtpu that is newer than this jaxlib writes what it cannot print
-    found, unread = [], str(error).splitlines()[0]
+    text, unread = '', str(error).splitlines()[0]
+  found = hlo.collectives(text)
   beside = [one for one in found if not one.in_loop]
   return {
       'compile_seconds': round(seconds, 1),
@@ -81,6 +82,7 @@ def _compiled(trainer: Trainer) -> dict[str, Any]:
                  'aliased': memory.alias_size_in_bytes, 'temporaries': memory.temp_size_in_bytes,
                  'code': memory.generated_code_size_in_bytes},
       'flops': cost['flops'], 'bytes_moved': cost['bytes accessed'],
+      'main_memory_bytes': hlo.main_memory_bytes(text) if text else None,
       'collectives': hlo.summary(found), 'collectives_beside_loops': None if unread else len(beside),
       'collectives_unread': unread,
       'largest_collectives': [dataclasses.asdict(one) for one in
@@ -91,17 +93,19 @@ def _by_formula(trainer: Trainer, devices: int) -> dict[str, Any]:
   """Without a compiler: the step's operations counted before any is fused, and one gradient reduction."""
   cost, share = trainer.lower_step().cost_analysis() or {}, 1 / devices
   sizes = _state(trainer)['bytes']
-  return {'flops': cost.get('flops', 0.0) * share, 'bytes_moved': None, 'memory': None,
+  return {'flops': cost.get('flops', 0.0) * share, 'bytes_moved': None, 'main_memory_bytes': None, 'memory': None,
           'collectives': {'all-reduce': {'instructions': 1, 'runs': 1, 'bytes': sizes['parameters']}}}
 
 
 def roofline(plan: dict[str, Any], chip: Chip) -> dict[str, float]:
   """The least time a step can take, in seconds: arithmetic, memory and links each at their peak, all at once.
 
-  A ring all-reduce sends every byte about twice, the other collectives about once.
+  Memory: what goes to and from main memory; where the program cannot be read all that is moved, fast memory included. A ring
+  all-reduce sends every byte about twice, the other collectives about once.
   """
   sent = sum(row['bytes'] * (2 if kind.startswith('all-reduce') else 1) for kind, row in plan['collectives'].items())
-  times = {'arithmetic': plan['flops'] / chip.flops, 'memory': (plan['bytes_moved'] or 0.0) / chip.bandwidth,
+  moved = plan['main_memory_bytes'] or plan['bytes_moved'] or 0.0
+  times = {'arithmetic': plan['flops'] / chip.flops, 'memory': moved / chip.bandwidth,
            'links': sent / chip.links}
   step = max(times.values())
   return times | {'step': step, 'mfu': times['arithmetic'] / step if step else 0.0,

@@ -19,9 +19,7 @@ def _rows(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
   if plan['memory']:
     yield 'memory, a device', ', '.join(f'{name} {_size(size)}' for name, size in plan['memory'].items())
   yield 'verdict', plan['verdict']['text']
-  moved = plan['bytes_moved']
-  yield 'work, a step and device', (f'{plan["flops"] / 1e12:.3f} TFLOP, {moved / 1e9:.1f} GB moved' if moved
-                                    else f'{plan["flops"] / 1e12:.3f} TFLOP')
+  yield 'work, a step and device', f'{plan["flops"] / 1e12:.3f} TFLOP' + _traffic(plan)
   yield from _roofline_rows(plan)
   for kind, row in plan['collectives'].items():
     yield kind, f'{row["instructions"]} instructions, {row["runs"]} runs and {_size(row["bytes"])} a step'
@@ -33,6 +31,11 @@ def _rows(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield 'large array', f'{leaf["name"]} {tuple(leaf["shape"])} {leaf["sharding"]}, {_size(leaf["bytes"])} a device'
   if 'compile_seconds' in plan:
     yield 'compiled in', f'{plan["compile_seconds"]} s'
+
+
+def _traffic(plan: dict[str, Any]) -> str:
+  amounts = {'moved': plan['bytes_moved'], 'of it to and from main memory': plan['main_memory_bytes']}
+  return ''.join(f', {size / 1e9:.1f} GB {what}' for what, size in amounts.items() if size)
 
 
 def _roofline_rows(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
