@@ -6,7 +6,7 @@ quickstart  2 CPU cores, 14 minutes       held-out style: concept top-1 4.8 %, 9
 emoji       one GPU (the default)         not yet run
 icons       one GPU                       not yet run
 cc3m        one node of 8 accelerators    not yet run
-yfcc15m     v5e 16×16                     not yet run; by plan it fits, at most 1,186 examples/s/chip (docs/SCALE.md)
+yfcc15m     v5e 16×16                     not yet run; by plan it fits, at most 3,840 examples/s/chip (docs/SCALE.md)
 """
 from ml_collections import config_dict
 
