@@ -4,8 +4,8 @@
 
 FLOPs and bytes are those that the compiler counts in the step, of one device. The peaks are measured beside it, in turn: a
 large matrix product in the step's dtype, and a large copy (read and write). "arithmetic" (MFU) and "memory" are shares of the
-step's median time that either would need alone at its peak; "roofline" is the larger one, at most 1.
-Where the compiler counts bytes that a cache serves, "memory" is above what the memory itself has to carry. On random examples.
+step's median time that either would need alone at its peak; "roofline" is the larger one.
+Where the compiler counts bytes that a cache serves, "memory" may exceed 1. On random examples.
 """
 import argparse
 import json
