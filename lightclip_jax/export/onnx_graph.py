@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.extend import core
+from jax.extend.core import primitives
 
 from lightclip_jax.errors import UserError
 from lightclip_jax.inference.exported import optional
@@ -339,7 +340,8 @@ def _cond(params: Any, inputs: list[Operand]) -> tuple[core.Jaxpr, Any, list[Ope
 
 
 INLINED = {'jit': _call, 'custom_jvp_call': functools.partial(_call, name='call_jaxpr'),
-           'custom_vjp_call': functools.partial(_call, name='call_jaxpr'), 'cond': _cond, 'remat2': _remat}
+           'custom_vjp_call': functools.partial(_call, name='call_jaxpr'), 'cond': _cond,
+           primitives.remat_p.name: _remat}   # whose name changes with JAX's versions
 _ELEMENTWISE = {'add': 'Add', 'sub': 'Sub', 'mul': 'Mul', 'div': 'Div', 'max': 'Max', 'min': 'Min', 'exp': 'Exp', 'neg': 'Neg',
                 'erf': 'Erf', 'sqrt': 'Sqrt', 'tanh': 'Tanh', 'logistic': 'Sigmoid', 'eq': 'Equal', 'lt': 'Less',
                 'gt': 'Greater', 'ge': 'GreaterOrEqual', 'le': 'LessOrEqual', 'and': 'And', 'or': 'Or', 'not': 'Not'}

@@ -24,7 +24,8 @@ def _rows(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
   for kind, row in plan['collectives'].items():
     yield kind, f'{row["instructions"]} instructions, {row["runs"]} runs and {_size(row["bytes"])} a step'
   if plan.get('collectives_unread'):
-    yield 'collectives', f'NOT READ, and not in the roofline: jaxlib cannot print this program ({plan["collectives_unread"]})'
+    yield 'collectives', (f'NOT READ, and not in the roofline, which takes fast memory for main memory: jaxlib cannot print '
+                          f'this program ({plan["collectives_unread"]})')
   for one in plan.get('largest_collectives', ()):
     yield '', f'{one["kind"]} × {one["runs"]} of {_size(one["bytes"])}: {one["shape"][:60]} {one["origin"][-80:]}'
   for leaf in plan['largest']:

@@ -1,4 +1,5 @@
 """Metrics: averaged over an interval on the host, written to the console, `metrics.jsonl` and TensorBoard."""
+import functools
 import json
 import math
 import pathlib
@@ -141,13 +142,13 @@ class MetricWriter:
       self.flush()
 
   def flush(self) -> None:
-    """Brings what is written into the workdir."""
+    """Brings what is written into the workdir, patiently."""
     if self._local == self._workdir:
       return
     for file in self._local.rglob('*.*'):
       place = self._workdir / file.relative_to(self._local)
       place.parent.mkdir(parents=True, exist_ok=True)
-      place.write_bytes(file.read_bytes())
+      storage.patiently(functools.partial(place.write_bytes, file.read_bytes()))
     self._copied = time.monotonic()
 
   def _event(self, **values: Any) -> None:

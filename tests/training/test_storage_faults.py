@@ -3,6 +3,7 @@ import contextlib
 import errno
 import io
 import json
+import pathlib
 import re
 import struct
 import time
@@ -197,6 +198,19 @@ def test_lines_wait_in_memory_while_the_log_cannot_be_written(tmp_path, monkeypa
   monkeypatch.setattr(Failing, 'storage_fails', False)
   writer.close()
   assert steps()[-1] == 201
+
+
+def test_the_logs_reach_a_bucket_at_the_third_attempt(tmp_path, monkeypatch):
+  with monkeypatch.context() as patch:
+    patch.setattr(storage, 'in_bucket', lambda path: path == tmp_path)   # a folder that nothing is appended to
+    writer = metrics.MetricWriter(tmp_path, 0)
+    writer.write(1, {'train/loss': 1.0})
+    assert not (tmp_path / 'metrics.jsonl').exists()
+    patch.setattr(pathlib.Path, 'write_bytes', twice := failing(2, pathlib.Path.write_bytes))
+    writer.flush()
+    assert len(twice.calls) == 4, 'two files, one of them at the third attempt'
+    writer.close()
+  assert json.loads((tmp_path / 'metrics.jsonl').read_text()) == {'step': 1, 'train/loss': 1.0}
 
 
 def test_tensorboard_s_records_are_whole(tmp_path):
