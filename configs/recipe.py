@@ -35,10 +35,10 @@ def get(variant: str, image: dict[str, Any], **changes: dict[str, Any]) -> Confi
 # Masked language modelling, which doubles the work of the text tower, changes nothing in the first half and starts later.
 QUICKSTART = replace(
     Config(),
-    model=dict(embed_dim=256, token_dim=64, batch_norm='group:32', image=dict(size=48),
+    model=dict(embed_dim=256, token_dim=64, token_stage=2, batch_norm='group:32', image=dict(size=48),
                text=dict(width=96, heads=3, depth=2, context=12, vocab_size=3072),
-               fusion=dict(stages=((3, 1), (4, 2)), heads=4)),
-    data=dict(max_masked=2, first_caption=0.6, crop_scale=(0.6, 1.0)),
+               fusion=dict(stages=((3, 1), (4, 1)), op='add', heads=4)),
+    data=dict(mask_fraction=0.5, max_masked=3, first_caption=0.6, crop_scale=(0.6, 1.0)),
     objective=dict(contrastive=dict(alpha=Schedule(0.0, 0.1)), token_matching=dict(weight=constant(0.3), group_size=8),
                    masked_lm=dict(weight=Schedule(0.0, 0.2, begin=0.3, finish=0.6))),
     train=dict(steps=1700, batch_size=128, log_every=20),

@@ -78,6 +78,7 @@ class Model:
   """The two towers, their projections and the training-only heads."""
   embed_dim: int = 512         # D: the shared embedding
   token_dim: int = 256         # d: patches and words in the token matching
+  token_stage: int = 0         # whose patches are matched: 1 to 4, the tower's stages from fine to coarse; 0: its last tokens
   image: ImageTower = ImageTower()
   text: TextTower = TextTower()
   fusion: Fusion = Fusion()

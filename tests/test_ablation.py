@@ -39,13 +39,25 @@ def test_rows_switch_parts_on():
 
 def test_what_is_recorded_is_not_run_again(tmp_path, monkeypatch):
   made = []
-  monkeypatch.setattr(ablation, 'run', lambda key, options, folder: made.append(key) or {**key, 'metrics': {}})
+  monkeypatch.setattr(ablation, 'run', lambda key, options, folder, cores: made.append(key) or {**key, 'metrics': {}})
   out = tmp_path / 'a.jsonl'
   monkeypatch.setattr('sys.argv', ['ablation', f'--out={out}', f'--runs={tmp_path / "runs"}', '--seeds=1'])
   ablation.main()
-  out.write_text(''.join(out.read_text().splitlines(keepends=True)[:-2]))
+  lines = out.read_text().splitlines(keepends=True)
+  out.write_text(''.join(lines[:-2]))
   ablation.main()
-  assert len(made) == 8 and made[6:] == made[4:6] and len(out.read_text().splitlines()) == 6
+  assert len(made) == 8 and sorted(out.read_text().splitlines(keepends=True)) == sorted(lines)
+
+
+def test_a_run_that_fails_ends_those_that_wait(tmp_path, monkeypatch):
+  def run(key, options, folder, cores):
+    begun.append(cores)
+    raise SystemExit('exit code 1')
+  begun = []
+  monkeypatch.setattr(ablation, 'run', run)
+  with pytest.raises(SystemExit, match='exit code 1'):
+    list(ablation.side_by_side([({'row': number}, {}) for number in range(100)], tmp_path, jobs=1))
+  assert begun == [()]
 
 
 def test_the_report_has_mean_and_deviation(tmp_path):

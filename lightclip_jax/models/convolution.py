@@ -65,7 +65,7 @@ def grouped_conv(x_BxHxWxC: jax.Array, kernel_3x3x1xC: jax.Array, stride: int) -
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def shifted_conv(x_BxHxWxC: jax.Array, kernel_3x3x1xC: jax.Array, stride: int) -> jax.Array:
   """The depthwise convolution as a sum of nine shifted products, with a weight gradient that XLA:CPU vectorises."""
-  return _unfused(lambda x, kernel: _shifted_sum(x, kernel, stride), kernel_3x3x1xC, x_BxHxWxC, kernel_3x3x1xC)
+  return _unfused(functools.partial(_shifted_sum, stride=stride), kernel_3x3x1xC, x_BxHxWxC, kernel_3x3x1xC)
 
 
 def _shifted_conv_forward(x: jax.Array, kernel: jax.Array,
@@ -75,13 +75,16 @@ def _shifted_conv_forward(x: jax.Array, kernel: jax.Array,
 
 def _shifted_conv_backward(stride: int, residuals: tuple[jax.Array, jax.Array],
                            gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-  def backward(x: jax.Array, kernel: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-    dx, = jax.vjp(lambda x: _shifted_sum(x, kernel, stride), x)[1](gradient)
-    return dx, _kernel_gradient(x, gradient, stride).astype(kernel.dtype)
-
-  return _unfused(backward, residuals[1], *residuals, gradient)
+  return _unfused(functools.partial(_shifted_gradients, stride=stride), residuals[1], *residuals, gradient)
 
 
+@functools.partial(jax.jit, static_argnames='stride')   # here and below: traced once for each shape, of which blocks share many
+def _shifted_gradients(x: jax.Array, kernel: jax.Array, gradient: jax.Array, stride: int) -> tuple[jax.Array, jax.Array]:
+  dx, = jax.vjp(lambda x: _shifted_sum(x, kernel, stride), x)[1](gradient)
+  return dx, _kernel_gradient(x, gradient, stride).astype(kernel.dtype)
+
+
+@functools.partial(jax.jit, static_argnames='stride')
 def _shifted_sum(x_BxHxWxC: jax.Array, kernel_3x3x1xC: jax.Array, stride: int) -> jax.Array:
   height, width = x_BxHxWxC.shape[1:3]
   padded = _pad(x_BxHxWxC)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lightclip_jax import config
+from lightclip_jax.errors import UserError
 from lightclip_jax.models import fusion, image_towers, layers, norm, text_transformer
 from lightclip_jax.outputs import Outputs
 from lightclip_jax.sharding import Rule
@@ -72,6 +73,8 @@ class LightCLIP(nn.Module):
 
   def setup(self) -> None:
     model, dtype = self.config, jnp.dtype(self.config.compute_dtype)
+    if not 0 <= model.token_stage <= 4:
+      raise UserError(f'model.token_stage is {model.token_stage}; it must be an image stage, 1 to 4, or 0 for the last tokens')
     batch_norm = functools.partial(norm.BatchNorm, policy=model.batch_norm, local_groups=self.local_groups)
     self.image = image_towers.build(model.image, batch_norm)
     self.text = text_transformer.TextTransformer(model.text, dtype)
@@ -125,9 +128,10 @@ class LightCLIP(nn.Module):
 
   def image_features(self, images_BxHxWx3: jax.Array, train: bool = False,
                      example_index_B: jax.Array | None = None) -> layers.ImageFeatures:
-    """The image tower on uint8 images, normalised here."""
+    """The image tower on uint8 images, normalised here; its tokens are those of the stage that the config names."""
     images = normalize(images_BxHxWx3, jnp.dtype(self.config.compute_dtype))
-    return self.image(images, train, example_index_B)
+    features, stage = self.image(images, train, example_index_B), self.config.token_stage
+    return features._replace(tokens_BxHxWxF=features.stages[stage - 1]) if stage else features
 
   def _fused_text(self, image: layers.ImageFeatures, tokens_BxW: jax.Array, masked_tokens_BxW: jax.Array, train: bool,
                   example_index_B: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -71,6 +71,18 @@ def test_outputs(variables):
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
+def test_tokens_of_a_stage():
+  # ResNet-18 at 64 px has stages of 16, 8, 4 and 2 patches a side.
+  for stage, side in {0: 2, 1: 16, 2: 8, 4: 2}.items():
+    model = small(image=config.ImageTower('resnet18', size=64), token_stage=stage)
+    shapes = jax.eval_shape(functools.partial(lightclip.init_variables, model), jax.random.key(0))
+    encode = functools.partial(lightclip.LightCLIP(model).apply, method='encode_tokens')
+    image, _ = jax.eval_shape(encode, shapes, jnp.zeros((1, 64, 64, 3), jnp.uint8), jnp.zeros((1, WORDS), jnp.int32))
+    assert image.shape == (1, side * side, model.token_dim), stage
+  with pytest.raises(UserError, match='model.token_stage is 5; it must be an image stage, 1 to 4'):
+    lightclip.init_variables(small(token_stage=5), jax.random.key(0))
+
+
 def test_parameters_of_training_alone_are_under_one_subtree(variables):
   params = variables['params']
   assert set(params) == {'image', 'text', 'image_projection', 'text_projection', 'logit_scale', 'training_only'}
