@@ -29,10 +29,11 @@ import tqdm
 Options = dict[str, Any]
 
 PLAIN = {'objective.contrastive.alpha.start': 0.0, 'objective.contrastive.alpha.end': 0.0}
+SOFTENED = {'objective.contrastive.alpha.start': 0.0, 'objective.contrastive.alpha.end': 0.1}
 NO_MATCHING = {'objective.token_matching.weight.start': 0.0, 'objective.token_matching.weight.end': 0.0}
 NO_MASKED_LM = {'objective.masked_lm.weight.start': 0.0, 'objective.masked_lm.weight.end': 0.0}
-SOFT_ONLY, MATCHING_ONLY, MASKED_ONLY = NO_MATCHING | NO_MASKED_LM, PLAIN | NO_MASKED_LM, PLAIN | NO_MATCHING
-CLIP = PLAIN | SOFT_ONLY
+CLIP = PLAIN | NO_MATCHING | NO_MASKED_LM
+SOFT_ONLY, MATCHING_ONLY, MASKED_ONLY = CLIP | SOFTENED, PLAIN | NO_MASKED_LM, PLAIN | NO_MATCHING
 
 
 def _each(option: str, values: Sequence[Any], base: Options | None = None) -> dict[str, Options]:
@@ -41,17 +42,20 @@ def _each(option: str, values: Sequence[Any], base: Options | None = None) -> di
 
 STUDIES: dict[str, dict[str, Options]] = {   # name -> row -> options; everything else is the recipe's
   'rows': {'CLIP': CLIP, '+ softened': SOFT_ONLY, '+ matching': MATCHING_ONLY, '+ masked LM': MASKED_ONLY,
-           '+ softened + matching': NO_MASKED_LM, 'full': {}},
+           '+ matching + masked LM': PLAIN, 'all three': SOFTENED},
   'targets': {**_each('objective.contrastive.target_source', ('cross', 'intra'), SOFT_ONLY),
               'fixed alpha': {**SOFT_ONLY, 'objective.contrastive.alpha.start': 0.1, 'objective.contrastive.alpha.end': 0.1},
               'uniform weights': {**SOFT_ONLY, 'objective.contrastive.beta.end': 0.0},
               **_each('objective.contrastive.duplicates', ('negative', 'positive', 'ignore'), SOFT_ONLY)},
-  'matching': {**_each('objective.token_matching.epsilon', (0.02, 0.05, 0.2), MATCHING_ONLY),
+  'matching': {**_each('model.token_stage', (0, 2, 3), MATCHING_ONLY),
+               **{f'weight {w}': MATCHING_ONLY | {f'objective.token_matching.weight.{end}': w for end in ('start', 'end')}
+                  for w in (0.1, 0.3, 1.0)},
+               **_each('objective.token_matching.epsilon', (0.02, 0.05, 0.2), MATCHING_ONLY),
                **_each('objective.token_matching.num_iterations', (0, 5, 20), MATCHING_ONLY),
                **_each('objective.token_matching.group_size', (4, 8, 32), MATCHING_ONLY)},
   'masked_lm': {**_each('model.fusion.op', ('cross_attention', 'add'), MASKED_ONLY),
-                **_each('model.fusion.stages', ('((4,2),)', '((3,1),(4,2))'), MASKED_ONLY),
-                **_each('data.mask_fraction', (0.1, 0.15, 0.3), MASKED_ONLY)},
+                **_each('model.fusion.stages', ('((4,1),)', '((4,2),)', '((3,1),(4,1))', '((3,1),(4,2))'), MASKED_ONLY),
+                **_each('data.mask_fraction', (0.15, 0.3, 0.5), MASKED_ONLY)},
   'text': {**_each('model.text.causal', (False, True), CLIP),
            **_each('model.text.depth', (1, 2, 4, 6, 12), CLIP | {'model.fusion.stages': '((4,1),)'})}}
 SIZES = {'cpu': ('quickstart', {'train.steps': 900, 'evaluation.every_steps': 900}), 'gpu': ('emoji', {}),
@@ -60,7 +64,7 @@ SIZES = {'cpu': ('quickstart', {'train.steps': 900, 'evaluation.every_steps': 90
 TASKS = ('flags', 'pointing', 'zero_shot:digits', 'linear_probe:digits')
 SHOWN = {'held-out style top-1': 'eval/heldout_style/concept_top1', 'top-5': 'eval/heldout_style/concept_top5',
          'group': 'eval/heldout_style/group_top1', 'held-out images top-1': 'eval/heldout_images/concept_top1',
-         'text → image R@1': 'eval/heldout_images/text_to_image_r1',
+         'text → image R@1': 'eval/heldout_images/text_to_image_r1', 'image → text R@1': 'eval/heldout_images/image_to_text_r1',
          'held-out concepts top-5': 'eval/heldout_concepts/concept_top5', 'flags': 'eval/flags/top1',
          'pointing': 'eval/pointing/plan', 'digits (linear)': 'eval/linear_probe:digits/top1'}
 
@@ -72,6 +76,8 @@ def runs(flags: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Options]]:
   for tower in flags.towers:
     for seed in range(flags.seeds):
       for row, options in STUDIES[flags.study].items():
+        if flags.rows and row not in flags.rows:
+          continue
         key = {'size': flags.size, 'study': flags.study, 'tower': tower, 'row': row, 'seed': seed}
         yield key, {'config': f'configs/{tower}.py:{variant}', **tasks, **changes, **options, 'train.seed': seed}
 
@@ -133,7 +139,8 @@ def _table(name: tuple[str, str, str], rows: dict[str, list[dict[str, Any]]]) ->
     out.append(f'| {row} | {len(found)} | {" | ".join(values)} | {rate:.0f} | {peak:.1f} |')
   commits = sorted({run['commit'] for found in rows.values() for run in found})
   machines = sorted({run['machine'] for found in rows.values() for run in found})
-  return '\n'.join([*out, '', f'{"; ".join(machines)}; commit {", ".join(commits)}.', ''])
+  parameters = sorted({run['parameters'] for found in rows.values() for run in found})
+  return '\n'.join([*out, '', f'{"; ".join(machines)}; commit {", ".join(commits)}; {"; ".join(parameters)}.', ''])
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -165,6 +172,7 @@ def main() -> None:
   parser.add_argument('--runs', type=pathlib.Path, default=pathlib.Path('runs/ablation'))
   parser.add_argument('--size', choices=SIZES, default='cpu')
   parser.add_argument('--study', choices=STUDIES, default='rows')
+  parser.add_argument('--rows', nargs='+', help='of the study; all if not given')
   parser.add_argument('--towers', nargs='+', default=['mbv2'])
   parser.add_argument('--seeds', type=int, default=3)
   parser.add_argument('--jobs', type=int, default=1, help='runs side by side')

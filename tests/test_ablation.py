@@ -1,15 +1,19 @@
 """The ablation's rows are configs, its record is continued, and its report is made of the record."""
 import argparse
+import functools
 import json
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from benchmarks import ablation
 from lightclip_jax import config as config_lib
+from lightclip_jax.models import lightclip
 
 
 def flags(**changes):
-  return argparse.Namespace(**{'size': 'cpu', 'study': 'rows', 'towers': ['mbv2'], 'seeds': 3, **changes})
+  return argparse.Namespace(**{'size': 'cpu', 'study': 'rows', 'rows': None, 'towers': ['mbv2'], 'seeds': 3, **changes})
 
 
 @pytest.mark.parametrize('study', ablation.STUDIES)
@@ -28,13 +32,27 @@ def test_every_row_is_a_config_of_its_own(study, size):
 def test_rows_switch_parts_on():
   rows = {key['row']: options for key, options in ablation.runs(flags(seeds=1))}
   for row, parts in {'CLIP': (), '+ softened': ('s',), '+ matching': ('m',), '+ masked LM': ('l',),
-                     '+ softened + matching': ('s', 'm'), 'full': ('s', 'm', 'l')}.items():
+                     '+ matching + masked LM': ('m', 'l'), 'all three': ('s', 'm', 'l')}.items():
     options = rows.pop(row)
     objective = config_lib.load(options.pop('config'), {name: str(value) for name, value in options.items()}).objective
     on = {'s': not objective.contrastive.alpha.is_zero, 'm': not objective.token_matching.weight.is_zero,
           'l': not objective.masked_lm.weight.is_zero}
     assert tuple(part for part in on if on[part]) == parts, row
   assert not rows
+
+
+def test_rows_are_one_program_at_inference():
+  programs = set()
+  for _, options in ablation.runs(flags(size='test', seeds=1)):
+    model = config_lib.load(options.pop('config'), {name: str(value) for name, value in options.items()}).model
+    variables = jax.eval_shape(functools.partial(lightclip.init_variables, model), jax.random.key(0))
+    variables['params'] = lightclip.inference_parameters(variables['params'])
+    inputs = {'encode_image': jnp.zeros((1, model.image.size, model.image.size, 3), jnp.uint8),
+              'encode_text': jnp.zeros((1, model.text.context), jnp.int32)}
+    apply = lightclip.LightCLIP(model).apply
+    programs.add(tuple(jax.jit(functools.partial(apply, method=method)).lower(variables, given).as_text()
+                       for method, given in inputs.items()))
+  assert len(programs) == 1
 
 
 def test_what_is_recorded_is_not_run_again(tmp_path, monkeypatch):
@@ -65,7 +83,7 @@ def test_the_report_has_mean_and_deviation(tmp_path):
   for row, accuracies in {'CLIP': (0.1, 0.2, 0.3), 'full': (0.5, 0.5, 0.8)}.items():
     for seed, accuracy in enumerate(accuracies):
       lines.append({'size': 'cpu', 'study': 'rows', 'tower': 'mbv2', 'row': row, 'seed': seed, 'examples_per_second': 100.0,
-                    'peak_gigabytes': 1.5, 'commit': 'abc', 'machine': 'm', 'curve': [(1, 3.0), (2, 2.0)],
+                    'peak_gigabytes': 1.5, 'parameters': '1 M', 'commit': 'abc', 'machine': 'm', 'curve': [(1, 3.0), (2, 2.0)],
                     'metrics': {'eval/heldout_style/concept_top1': accuracy}})
   page.write_text('# Results\n\nwords\n\n## Tables\nold\n')
   ablation.report([json.loads(json.dumps(line)) for line in lines], page)
