@@ -1,5 +1,6 @@
 """The training state: everything that a step reads and writes, as one tree."""
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -36,14 +37,17 @@ def create_state(config: config_lib.Config, optimizer: optax.GradientTransformat
   return TrainState(jnp.zeros((), jnp.int32), params, variables.get('batch_stats', {}), optimizer.init(params), ema)
 
 
-def abstract_state(config: config_lib.Config, optimizer: optax.GradientTransformation,
-                   mesh: jax.sharding.Mesh) -> TrainState:
+def abstract_state(create: Callable[[jax.Array], TrainState], mesh: jax.sharding.Mesh) -> TrainState:
   """Shapes, dtypes and shardings of the state. Moments and moving average live where their parameters do.
+
+  Args:
+    create: `create_state` with all but its last argument.
+    mesh: the devices.
 
   Raises:
     UserError: if the model cannot be built from the config, or a rule does not fit the mesh.
   """
-  shapes = jax.eval_shape(lambda rng: create_state(config, optimizer, rng), jax.random.key(0))
+  shapes = jax.eval_shape(create, jax.random.key(0))
   params = sharding.tree_shardings(shapes.params, mesh, lightclip.SHARDING_RULES)
   places = sharding.follow(shapes, shapes.params, params, mesh)
   return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places)

@@ -5,7 +5,7 @@ E a teacher's embedding.
 """
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -95,8 +95,7 @@ class Trainer:
 
   def init_state(self) -> state_lib.TrainState:
     """A fresh state, created directly in its shards: no device ever holds what is not its own."""
-    create = jax.jit(lambda rng: state_lib.create_state(self.config, self.optimizer, rng), out_shardings=self.places)
-    return create(jax.random.key(self.config.train.seed))
+    return jax.jit(self._create, out_shardings=self.places)(jax.random.key(self.config.train.seed))
 
   def abstract_state(self) -> state_lib.TrainState:
     """Its shapes and shardings."""
@@ -104,7 +103,11 @@ class Trainer:
 
   @functools.cached_property
   def _abstract_state(self) -> state_lib.TrainState:
-    return state_lib.abstract_state(self.config, self.optimizer, self.mesh)   # traces the model: seconds
+    return state_lib.abstract_state(self._create, self.mesh)
+
+  @functools.cached_property
+  def _create(self) -> Callable[[jax.Array], state_lib.TrainState]:
+    return functools.partial(state_lib.create_state, self.config, self.optimizer)   # one object, so that JAX traces it once
 
   @functools.cached_property
   def places(self) -> state_lib.TrainState:
@@ -139,7 +142,7 @@ class Trainer:
     good = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
     metrics |= {'gradient_norm': gradient_norm, 'learning_rate': rate, 'skipped': 1.0 - good}
     new = state_lib.TrainState(state.step, params, batch_stats, optimizer_state, self._average(state, params))
-    new = jax.tree.map(lambda now, before: jnp.where(good, now, before), new, state)
+    new = jax.tree.map(functools.partial(jax.lax.select, good), new, state)
     return dataclasses.replace(new, step=state.step + 1), metrics
 
   def loss(self, params: Any, state: state_lib.TrainState, batch: Batch) -> tuple[jax.Array, tuple[Any, Any]]:
