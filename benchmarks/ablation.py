@@ -119,6 +119,9 @@ def report(lines: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
   tables = collections.defaultdict(lambda: collections.defaultdict(list))
   for line in lines:
     tables[line['size'], line['study'], line['tower']][line['row']].append(line)
+  for name, rows in tables.items():   # they finished in any order
+    order = list(STUDIES[name[1]])
+    tables[name] = dict(sorted(rows.items(), key=lambda row: order.index(row[0])))
   text = ''.join(_table(name, rows) for name, rows in tables.items())
   path.write_text(f'{before}## Tables\n{text}\n![Held-out style by row](ablation.svg)\n')
   _plot(tables, path.with_name('ablation.svg'))
@@ -126,8 +129,8 @@ def report(lines: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
 
 def _table(name: tuple[str, str, str], rows: dict[str, list[dict[str, Any]]]) -> str:
   size, study, tower = name
-  every = [run['metrics'] for found in rows.values() for run in found]
-  metrics = {title: metric for title, metric in SHOWN.items() if all(metric in run for run in every)}
+  every = [run for found in rows.values() for run in found]
+  metrics = {title: metric for title, metric in SHOWN.items() if all(metric in run['metrics'] for run in every)}
   out = [f'\n### {study}, {tower}, {size}', '',
          f'`python -m benchmarks.ablation --size={size} --study={study} --towers {tower} --out=docs/ablation.jsonl`; percent, '
          'mean ± standard deviation over seeds.', '', f'| row | seeds | {" | ".join(metrics)} | pairs/s | GB |',
@@ -137,14 +140,27 @@ def _table(name: tuple[str, str, str], rows: dict[str, list[dict[str, Any]]]) ->
     rate = statistics.median(run['examples_per_second'] for run in found)
     peak = max(run['peak_gigabytes'] for run in found)
     out.append(f'| {row} | {len(found)} | {" | ".join(values)} | {rate:.0f} | {peak:.1f} |')
-  commits = sorted({run['commit'] for found in rows.values() for run in found})
-  machines = sorted({run['machine'] for found in rows.values() for run in found})
-  parameters = sorted({run['parameters'] for found in rows.values() for run in found})
-  return '\n'.join([*out, '', f'{"; ".join(machines)}; commit {", ".join(commits)}; {"; ".join(parameters)}.', ''])
+  out += _differences(rows, metrics)
+  told = ('; '.join(sorted({run[what] for run in every})) for what in ('machine', 'parameters'))
+  return '\n'.join([*out, '', f'{"; ".join(told)}; commit {", ".join(sorted({run["commit"] for run in every}))}.', ''])
 
 
-def _spread(values: Sequence[float]) -> str:
-  return f'{statistics.mean(values):.1f}' + (f' ± {statistics.stdev(values):.1f}' if len(values) > 1 else '')
+def _differences(rows: dict[str, list[dict[str, Any]]], metrics: dict[str, str]) -> list[str]:
+  """A table of each row less the first, seed by seed: what seeds share cancels."""
+  first, *others = rows
+  base = {run['seed']: run['metrics'] for run in rows[first]}
+  out = ['', f'Less {first} of the same seed:', '', f'| row | {" | ".join(metrics)} |', '|---' * (len(metrics) + 1) + '|']
+  for row in others:
+    pairs = [(run['metrics'], base[run['seed']]) for run in rows[row] if run['seed'] in base]
+    values = [_spread([100 * (own[metric] - other[metric]) for own, other in pairs], '+') for metric in metrics.values()]
+    out.append(f'| {row} | {" | ".join(values)} |')
+  return out
+
+
+def _spread(values: Sequence[float], sign: str = '') -> str:
+  if not values:
+    return ''
+  return f'{statistics.mean(values):{sign}.1f}' + (f' ± {statistics.stdev(values):.1f}' if len(values) > 1 else '')
 
 
 def _plot(tables: dict[tuple[str, str, str], dict[str, list[dict[str, Any]]]], path: pathlib.Path) -> None:

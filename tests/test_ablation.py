@@ -80,7 +80,7 @@ def test_a_run_that_fails_ends_those_that_wait(tmp_path, monkeypatch):
 
 def test_the_report_has_mean_and_deviation(tmp_path):
   page, lines = tmp_path / 'RESULTS.md', []
-  for row, accuracies in {'CLIP': (0.1, 0.2, 0.3), 'full': (0.5, 0.5, 0.8)}.items():
+  for row, accuracies in {'all three': (0.5, 0.5, 0.8), 'CLIP': (0.1, 0.2, 0.3)}.items():
     for seed, accuracy in enumerate(accuracies):
       lines.append({'size': 'cpu', 'study': 'rows', 'tower': 'mbv2', 'row': row, 'seed': seed, 'examples_per_second': 100.0,
                     'peak_gigabytes': 1.5, 'parameters': '1 M', 'commit': 'abc', 'machine': 'm', 'curve': [(1, 3.0), (2, 2.0)],
@@ -89,4 +89,5 @@ def test_the_report_has_mean_and_deviation(tmp_path):
   ablation.report([json.loads(json.dumps(line)) for line in lines], page)
   text = page.read_text()
   assert 'words' in text and 'old' not in text and (tmp_path / 'ablation.svg').exists()
-  assert '| CLIP | 3 | 20.0 ± 10.0 | 100 | 1.5 |' in text and '| full | 3 | 60.0 ± 17.3 | 100 | 1.5 |' in text
+  assert '| CLIP | 3 | 20.0 ± 10.0 | 100 | 1.5 |' in text and '| all three | 3 | 60.0 ± 17.3 | 100 | 1.5 |' in text
+  assert '| all three | +40.0 ± 10.0 |' in text, 'differences of equal seeds: 40, 30 and 50'
