@@ -137,8 +137,7 @@ def _table(name: tuple[str, str, str], rows: dict[str, list[dict[str, Any]]]) ->
          '|---' * (len(metrics) + 4) + '|']
   for row, found in rows.items():
     values = [_spread([100 * run['metrics'][metric] for run in found]) for metric in metrics.values()]
-    rate = statistics.median(run['examples_per_second'] for run in found)
-    peak = max(run['peak_gigabytes'] for run in found)
+    rate, peak = (statistics.median(run[what] for run in found) for what in ('examples_per_second', 'peak_gigabytes'))
     out.append(f'| {row} | {len(found)} | {" | ".join(values)} | {rate:.0f} | {peak:.1f} |')
   out += _differences(rows, metrics)
   told = ('; '.join(sorted({run[what] for run in every})) for what in ('machine', 'parameters'))
