@@ -13,6 +13,7 @@ import collections
 import concurrent.futures
 import itertools
 import json
+import math
 import os
 import pathlib
 import platform
@@ -67,6 +68,7 @@ SHOWN = {'held-out style top-1': 'eval/heldout_style/concept_top1', 'top-5': 'ev
          'text → image R@1': 'eval/heldout_images/text_to_image_r1', 'image → text R@1': 'eval/heldout_images/image_to_text_r1',
          'held-out concepts top-5': 'eval/heldout_concepts/concept_top5', 'flags': 'eval/flags/top1',
          'pointing': 'eval/pointing/plan', 'digits (linear)': 'eval/linear_probe:digits/top1'}
+PLOTTED = 'text → image R@1'
 
 
 def runs(flags: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Options]]:
@@ -123,7 +125,7 @@ def report(lines: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     order = list(STUDIES[name[1]])
     tables[name] = dict(sorted(rows.items(), key=lambda row: order.index(row[0])))
   text = ''.join(_table(name, rows) for name, rows in tables.items())
-  path.write_text(f'{before}## Tables\n{text}\n![Held-out style by row](ablation.svg)\n')
+  path.write_text(f'{before}## Tables\n{text}\n![Retrieval by row, and the loss](ablation.svg)\n')
   _plot(tables, path.with_name('ablation.svg'))
 
 
@@ -163,15 +165,15 @@ def _spread(values: Sequence[float], sign: str = '') -> str:
 
 
 def _plot(tables: dict[tuple[str, str, str], dict[str, list[dict[str, Any]]]], path: pathlib.Path) -> None:
-  """Held-out style top-1 of every row, a dot a seed, and the contrastive loss against steps."""
+  """Retrieval of every row, a dot a seed, and the first seed's contrastive loss against steps."""
   figure, axes = plt.subplots(len(tables), 2, figsize=(10, 1 + 2.2 * len(tables)), squeeze=False, layout='constrained')
   for (dots, curves), (name, rows) in zip(axes, tables.items(), strict=True):
     for place, (row, found) in enumerate(rows.items()):
-      accuracies = [100 * run['metrics']['eval/heldout_style/concept_top1'] for run in found]
-      dots.plot(accuracies, [place] * len(found), 'o', alpha=0.6)
+      recalls = [100 * run['metrics'].get(SHOWN[PLOTTED], math.nan) for run in found]
+      dots.plot(recalls, [-place] * len(found), 'o', alpha=0.6)
       curves.plot(*zip(*found[0]['curve'], strict=True), label=row)
-    dots.set_yticks(range(len(rows)), rows)
-    dots.set_xlabel(f'{", ".join(name)}: held-out style top-1, %')
+    dots.set_yticks(range(0, -len(rows), -1), rows)
+    dots.set_xlabel(f'{", ".join(name)}: {PLOTTED}, %')
     curves.set_xlabel('step')
     curves.set_ylabel('contrastive loss')
     curves.legend(fontsize='x-small')
