@@ -79,17 +79,30 @@ def _fill(partial: pathlib.Path, out: pathlib.Path, keep: bool) -> Iterator[path
 @contextlib.contextmanager
 def _locked(folder: pathlib.Path) -> Iterator[None]:
   """Makes `folder` and holds its lock; the system gives the lock back when the process dies, however it does."""
-  while True:
-    folder.mkdir(exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-      fcntl.flock(descriptor, fcntl.LOCK_EX)
-      # While this process waited, the holder may have renamed or deleted the folder: then the lock is worth nothing.
-      if folder.exists() and os.path.samestat(os.fstat(descriptor), os.stat(folder)):
-        yield
-        return
-    finally:
-      os.close(descriptor)
+  descriptor = None
+  while descriptor is None:
+    with contextlib.suppress(FileExistsError):
+      os.mkdir(folder)
+    descriptor = _lock(folder)
+  try:
+    yield
+  finally:
+    os.close(descriptor)
+
+
+def _lock(folder: pathlib.Path) -> int | None:
+  """Waits for the lock; None where the one who held it has renamed or deleted the folder: that lock is worth nothing."""
+  descriptor = None
+  try:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    if os.path.samestat(os.fstat(descriptor), os.stat(folder)):
+      return descriptor
+  except FileNotFoundError:
+    pass
+  if descriptor is not None:
+    os.close(descriptor)
+  return None
 
 
 def write(folder: pathlib.Path, splits: Mapping[str, Iterable[Record]], about: About) -> manifests.Manifest:

@@ -1,4 +1,5 @@
 """Prepared folders are whole or not there; records and manifests are read back as they were, or refused in one line."""
+import concurrent.futures
 import json
 import multiprocessing
 import os
@@ -128,6 +129,19 @@ def test_of_several_processes_one_writes(tmp_path):
   assert sorted(wrote) == [False, False, True] and [p.exitcode for p in processes] == [0, 0, 0]
   assert os.listdir(tmp_path) == ['out']
   assert manifest.load(tmp_path / 'out').splits['train'].count == 3
+
+
+def test_they_never_meet_while_the_folder_is_made_renamed_and_deleted(tmp_path):
+  def prepare(number):
+    with writer.new_folder(tmp_path / f'out-{number // 8}') as folder:
+      if folder is not None:
+        (folder / 'manifest.json').touch()
+    return folder is not None
+
+  with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    wrote = list(pool.map(prepare, range(8 * 200)))
+  assert [sum(wrote[start:start + 8]) for start in range(0, len(wrote), 8)] == 200 * [1]
+  assert sorted(os.listdir(tmp_path)) == sorted(f'out-{number}' for number in range(200))
 
 
 def test_resolve_prepares_once_in_the_cache(tmp_path, monkeypatch):
