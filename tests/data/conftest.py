@@ -1,4 +1,4 @@
-"""A small data set for the tests of the input pipeline, and tiny packages for those of the emoji data set."""
+"""A small data set for the tests of the input pipeline, and tiny packages for those of the data sets emoji and icons."""
 import json
 import pathlib
 import sys
@@ -51,3 +51,29 @@ def emoji_packages(tmp_path):
     _write(folder / 'icons.json', {'icons': icons, 'width': 16, 'height': 16})
     _write(folder / 'info.json', {'license': {'spdx': 'MIT'}})
   return root
+
+
+@pytest.fixture
+def icon_packages(emoji_packages):
+  """`emoji_packages`, and a collection of sets: one of icons, one of flags, and some that are not to be used."""
+  german = {'label': 'flag: Germany', 'hexcode': '1F1E9-1F1EA', 'tags': ['DE'], 'group': 1, 'subgroup': 3}
+  file = emoji_packages / 'emojibase-data/en/data.json'
+  _write(file, [*json.loads(file.read_text(encoding='utf-8')), german])
+  folder = emoji_packages / '@iconify/json/json'
+  dot = {'body': '<circle cx="8" cy="8" r="4"/>'}
+  names = ('access-time-20-filled', 'home', 'home-outline', 'twotone-leaf', 'brand-home', 'github', '123', 'heldout-thing')
+  for style, category, licence in (
+      ('good', 'Thematic', {'spdx': 'MIT'}), ('noncommercial', 'Thematic', {'spdx': 'CC-BY-NC-4.0'}),
+      ('gnu', 'Thematic', {'spdx': 'GPL-3.0'}), ('signs', 'Logos', {'spdx': 'MIT'}), ('tools', 'Programming', {'spdx': 'MIT'}),
+      ('fa-brands', 'Archive', {'spdx': 'MIT'}), ('noto', 'Emoji', {'spdx': 'MIT'}), ('unclear', 'Thematic', {})):
+    _write(folder / f'{style}.json', {
+        'info': {'name': style, 'category': category, 'license': licence},
+        'icons': {name: dot for name in names} | {
+            'hidden': {**dot, 'hidden': True}, 'nothing': {'body': '<path d=""/>'}, 'broken': {'body': '<path'}},
+        'aliases': {'house': {'parent': 'home'}, 'turned': {'parent': 'home', 'rotate': 1}},
+        'categories': {'Places / Cities': ['home', 'home-outline'], 'Brand / Logo': ['github']},
+        'prefixes': {'twotone': 'Two-Tone'}, 'width': 16, 'height': 16})
+  _write(folder / 'flag.json', {
+      'info': {'name': 'flag', 'category': 'Flags / Maps', 'license': {'spdx': 'MIT'}},
+      'icons': {'de-4x3': {**dot, 'width': 20}, 'xx': dot, 'us-ca': dot}})
+  return emoji_packages

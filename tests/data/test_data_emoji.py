@@ -67,7 +67,7 @@ def test_render_is_on_white_and_lossless():
 
 
 def test_wide_drawings_become_square_and_keep_their_shape():
-  svg = emoji._svg({'icons': {'a': {'body': '<circle cx="8" cy="4" r="4"/>', 'width': 16, 'height': 8}}}, 'a')
+  svg = emoji.svg_of({'icons': {'a': {'body': '<circle cx="8" cy="4" r="4"/>', 'width': 16, 'height': 8}}}, 'a')
   dark = transforms.decode(render.render(svg, 64))[..., 0] < 128
   rows, columns = np.flatnonzero(dark.any(1)), np.flatnonzero(dark.any(0))
   assert abs(len(rows) - len(columns)) <= 1 and abs(rows.mean() - 31.5) <= 1 and abs(columns.mean() - 31.5) <= 1

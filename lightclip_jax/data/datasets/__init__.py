@@ -9,17 +9,18 @@ from typing import Any
 from lightclip_jax import config as configs
 from lightclip_jax import storage
 from lightclip_jax.data import indexes, manifest, sources, tokenizers
-from lightclip_jax.data.datasets import emoji, shapes
+from lightclip_jax.data.datasets import emoji, icons, shapes
 from lightclip_jax.data.sources.spec import Spec
 from lightclip_jax.errors import UserError
 
 # name -> prepare(out, size in pixels, processes): makes the folder `out`, or does nothing if it is there.
 BUILT_IN: dict[str, Callable[..., None]] = {
     'emoji': emoji.prepare,
+    'icons': icons.prepare,
     'shapes': shapes.prepare,
 }
 # Counted up whenever a built-in set's contents change, so that no run continues on, or is compared with, an older one.
-EDITION = {'emoji': 2, 'shapes': 1}
+EDITION = {'emoji': 2, 'icons': 1, 'shapes': 1}
 _PLUS = ' + '
 
 

@@ -9,6 +9,7 @@ import os
 import pathlib
 import re
 import tempfile
+from collections.abc import Mapping
 from typing import Any
 
 from lightclip_jax.data import writer
@@ -80,24 +81,39 @@ def prepare(out: pathlib.Path, size: int = 128, workers: int | None = None) -> N
 
 def write(folder: pathlib.Path, drawings: list[Drawing], size: int, workers: int | None = None) -> None:
   """Renders the drawings and writes them with their manifest into `folder`."""
+  writer.write(folder, records(drawings, size, workers), about(drawings, size))
+
+
+def records(drawings: list[Drawing], size: int, workers: int | None = None) -> dict[str, list[Record]]:
+  """The drawings rendered, by split."""
   images = render.render_all([drawing.svg for drawing in drawings], size, workers or os.cpu_count() or 1)
   splits: dict[str, list[Record]] = {name: [] for name in SPLITS}
   for drawing, image in zip(drawings, images, strict=True):
     splits[split_of(drawing.concept.name, drawing.style)].append(_record(drawing, image))
-  writer.write(folder, splits, writer.About(
+  return splits
+
+
+def about(drawings: list[Drawing], size: int) -> writer.About:
+  """What their manifest says."""
+  return writer.About(
       name='emoji', image_size=size, vocab_size=VOCAB_SIZE, packages=PACKAGES,
       concepts=tuple(sorted({drawing.concept.name for drawing in drawings})),
       groups=tuple(sorted({drawing.concept.group for drawing in drawings})),
-      licences={drawing.style: drawing.licence for drawing in drawings}))
+      licences={drawing.style: drawing.licence for drawing in drawings})
 
 
 def split_of(name: str, style: str) -> str:
   """Where a drawing belongs. Sister designs of a concept always come out alike, so none is seen in training."""
   if style == HELDOUT_STYLE:
     return 'heldout_style'
-  if _md5(name) % 10 == 0:
+  if is_heldout(name):
     return 'heldout_concepts'
   return 'heldout_images' if _md5(f'{STYLES[style][1]}/{name}') % 10 == 0 else 'train'
+
+
+def is_heldout(name: str) -> bool:
+  """Whether a concept is never seen in training, whoever draws it."""
+  return _md5(name) % 10 == 0
 
 
 def captions(concept: Concept) -> tuple[str, ...]:
@@ -112,10 +128,14 @@ def captions(concept: Concept) -> tuple[str, ...]:
 
 def load_drawings(packages: pathlib.Path) -> list[Drawing]:
   """All drawings of all concepts in the fetched packages, sorted by style and name of the icon."""
+  names, concepts = load_names(packages)
+  return [drawing for style in sorted(STYLES) for drawing in _join(style, packages, concepts, names)]
+
+
+def load_names(packages: pathlib.Path) -> tuple[dict[str, Concept], dict[str, Concept]]:
+  """Concepts by the `slug` of every name that anyone gives them, and by codepoints."""
   concepts = _load_concepts(packages / CLDR)
-  styles = {style: _load_style(packages / '@iconify-json' / style) for style in STYLES}
-  names = _names(concepts, packages / CLDR, [chars for _, chars, _ in styles.values()])
-  return [drawing for style in sorted(styles) for drawing in _join(style, *styles[style], concepts, names)]
+  return _names(concepts, packages / CLDR, [_load_chars(packages, style) for style in STYLES]), concepts
 
 
 def _load_concepts(folder: pathlib.Path) -> dict[str, Concept]:
@@ -131,33 +151,33 @@ def _load_concepts(folder: pathlib.Path) -> dict[str, Concept]:
   return concepts
 
 
-def _load_style(folder: pathlib.Path) -> tuple[dict[str, Any], dict[str, str], str]:
-  """The icon set, its codepoints -> icon (where the package knows them), and its licence."""
-  chars = folder / 'chars.json'
-  known = dict(_json(chars)) if chars.is_file() else {}
-  return _json(folder / 'icons.json'), known, _json(folder / 'info.json')['license']['spdx']
+def _load_chars(packages: pathlib.Path, style: str) -> dict[str, str]:
+  """Codepoints -> icon, where the package knows them."""
+  chars = packages / '@iconify-json' / style / 'chars.json'
+  return _json(chars) if chars.is_file() else {}
 
 
 def _names(concepts: dict[str, Concept], cldr: pathlib.Path, chars: list[dict[str, str]]) -> dict[str, Concept]:
   """Every way in which a set may name a concept -> that concept; the most trusted way first."""
   names: dict[str, Concept] = {}
   for concept in concepts.values():
-    names.setdefault(_slug(concept.name), concept)
+    names.setdefault(slug(concept.name), concept)
   for concept in concepts.values():
-    names.setdefault(_slug(re.sub(r'\(.*\)', '', concept.name)), concept)
+    names.setdefault(slug(re.sub(r'\(.*\)', '', concept.name)), concept)
   tables = [*chars, *(_json(cldr / f'en/shortcodes/{file}.json') for file in _NAME_FILES)]
   for table in tables:
     for points, given in table.items():
       concept = concepts.get(_codepoints(points))
       for name in [given] if isinstance(given, str) else given:
         if concept:
-          names.setdefault(_slug(name), concept)
+          names.setdefault(slug(name), concept)
   return names
 
 
-def _join(style: str, icons: dict[str, Any], chars: dict[str, str], licence: str, concepts: dict[str, Concept],
-          names: dict[str, Concept]) -> list[Drawing]:
+def _join(style: str, packages: pathlib.Path, concepts: dict[str, Concept], names: dict[str, Concept]) -> list[Drawing]:
   """One drawing for each concept that the style has, by codepoints, else by name, else by name without a number."""
+  folder, chars = packages / '@iconify-json' / style, _load_chars(packages, style)
+  icons, licence = _json(folder / 'icons.json'), _json(folder / 'info.json')['license']['spdx']
   found: dict[Concept, str] = {}
   for points, icon in sorted(chars.items()):
     if _codepoints(points) in concepts and icon in icons['icons']:
@@ -165,15 +185,15 @@ def _join(style: str, icons: dict[str, Any], chars: dict[str, str], licence: str
   taken = set(found.values())
   for spelling in (lambda icon: icon, lambda icon: re.sub(r'-\d$', '', icon).replace('flag-for-', '')):
     for icon in sorted(icons['icons']):
-      concept = names.get(_slug(spelling(icon)))
+      concept = names.get(slug(spelling(icon)))
       if concept and icon not in taken and concept not in found:
         found[concept] = icon
         taken.add(icon)
-  drawings = [Drawing(concept, style, icon, licence, _svg(icons, icon)) for concept, icon in found.items()]
+  drawings = [Drawing(concept, style, icon, licence, svg_of(icons, icon)) for concept, icon in found.items()]
   return sorted(drawings, key=lambda drawing: drawing.icon)
 
 
-def _svg(icons: dict[str, Any], name: str) -> str:
+def svg_of(icons: Mapping[str, Any], name: str) -> str:
   """The document of an icon, square; its own measures win over the set's (iconify's JSON format)."""
   icon = icons['icons'][name]
   left, top, width, height = (icon.get(key, icons.get(key, default)) for key, default in
@@ -193,7 +213,8 @@ def _codepoints(text: str) -> str:
   return '-'.join(part for part in text.lower().split('-') if part != 'fe0f')
 
 
-def _slug(text: str) -> str:
+def slug(text: str) -> str:
+  """Letters and digits, so that spellings of a name are equal."""
   return re.sub(r'[^a-z0-9]+', '', text.lower().replace('&', 'and').replace('ñ', 'n'))
 
 

@@ -9,7 +9,7 @@ import io
 import itertools
 import multiprocessing
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import cv2
 import numpy as np
@@ -39,24 +39,41 @@ def render(svg: str, size: int) -> bytes:
   return out.getvalue()
 
 
-def render_all(svgs: Sequence[str], size: int, workers: int) -> Iterator[bytes]:
-  """`render` of each drawing, in order, with a progress bar. The result does not depend on `workers`."""
+def render_all(svgs: Sequence[str], size: int, workers: int, skip: bool = False) -> Iterator[bytes]:
+  """`render` of each drawing, in order, with a progress bar. The result does not depend on `workers`.
+
+  With `skip`, b'' stands for what cannot be drawn or leaves no mark on the white.
+  """
+  one = _render_or_skip if skip else render
   progress = functools.partial(tqdm.tqdm, total=len(svgs), desc='drawing', unit=' images', mininterval=0.5)
   if workers <= 1:
-    yield from progress(render(svg, size) for svg in svgs)
+    yield from progress(one(svg, size) for svg in svgs)
     return
   chunks = [svgs[i:i + _CHUNK] for i in range(0, len(svgs), _CHUNK)]
   pool = concurrent.futures.ProcessPoolExecutor(
       workers, multiprocessing.get_context('spawn'), processes.start_worker, (os.getpid(),))
   with pool:
     try:
-      done = pool.map(functools.partial(_render_chunk, size=size), chunks)
+      done = pool.map(functools.partial(_render_chunk, one, size=size), chunks)
       yield from progress(itertools.chain.from_iterable(done))
     except BaseException:
       pool.shutdown(wait=False, cancel_futures=True)   # else Ctrl-C would first draw all the rest
       raise
 
 
-def _render_chunk(svgs: Iterable[str], size: int) -> list[bytes]:
-  return [render(svg, size) for svg in svgs]
+def _render_chunk(one: Callable[[str, int], bytes], svgs: Iterable[str], size: int) -> list[bytes]:
+  return [one(svg, size) for svg in svgs]
+
+
+def _render_or_skip(svg: str, size: int) -> bytes:
+  try:
+    image = render(svg, size)
+  except ValueError:
+    return b''
+  return b'' if image == _blank(size) else image
+
+
+@functools.cache
+def _blank(size: int) -> bytes:
+  return render('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1 1"/>', size)
 
