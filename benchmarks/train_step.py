@@ -36,7 +36,11 @@ TOWERS = ('mobilenet_v2', 'resnet18', 'vit_ti')
 
 
 def config_of(tower: str, dtype: str, batch: int, full: bool) -> config_lib.Config:
-  """The same model and optimizer that open_clip is given; BatchNorm over the whole batch, as PyTorch's."""
+  """The same model and optimizer that open_clip is given; BatchNorm over the whole batch, as PyTorch's.
+
+  "mixed" is float32 with the factors of products rounded to bfloat16, which is what PyTorch's autocast makes of "bfloat16".
+  """
+  precision, dtype = ('bfloat16', 'float32') if dtype == 'mixed' else ('default', dtype)
   constant = config_lib.constant
   off = {'weight': constant(0.0)}
   objective = {} if full else dict(contrastive=dict(alpha=constant(0.0), beta=constant(0.0), duplicates='negative'),
@@ -44,7 +48,8 @@ def config_of(tower: str, dtype: str, batch: int, full: bool) -> config_lib.Conf
   text = dict(width=WIDTH, heads=WIDTH // 64, depth=LAYERS, context=CONTEXT, vocab_size=VOCABULARY, end_id=VOCABULARY - 1,
               causal=True)
   return config_lib.replace(
-    config_lib.Config(), objective=objective, optimizer=dict(clip_norm=0.0), train=dict(batch_size=batch),
+    config_lib.Config(), objective=objective, optimizer=dict(clip_norm=0.0),
+    train=dict(batch_size=batch, matmul_precision=precision),
     model=dict(image=dict(name=tower, size=SIZE), text=text, compute_dtype=dtype, batch_norm=f'group:{batch}'))
 
 

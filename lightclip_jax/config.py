@@ -192,6 +192,8 @@ class Train:
   accumulate: int = 1          # encoder micro-batches; the loss is over the full batch whatever this is
   text_lengths: tuple[int, ...] = ()   # a batch's texts are cut to the first that holds the longest, if any does; one
                                # compilation each; for one process and small batches (large ones have a long text always)
+  matmul_precision: Literal['default', 'bfloat16'] = 'default'   # bfloat16: CPUs round the factors of float32 products,
+                               # as TPUs do by default; where the processor has a matrix unit, that is some times as fast
   log_every: int = 20
   seed: int = 0
   max_skipped: int = 10        # steps in a row whose loss or gradients are not finite, after which a run stops

@@ -3,12 +3,12 @@
 Letters: B batch, H height, W width, C input channels, D output channels.
 """
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from lightclip_jax.models import products
 
 _LAYOUT = ('NHWC', 'HWIO', 'NHWC')
 _TAPS = tuple((i, j) for i in range(3) for j in range(3))
@@ -19,27 +19,9 @@ def conv(x_BxHxWxC: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
   size = kernel.shape[0]
   if size == 1:
     x_BxHxWxC = x_BxHxWxC[:, ::stride, ::stride]
-    return dense(x_BxHxWxC, kernel[0, 0])
+    return products.dense(x_BxHxWxC, kernel[0, 0])
   return lax.conv_general_dilated(x_BxHxWxC, kernel, (stride, stride), [(size // 2, size // 2)] * 2,
                                   dimension_numbers=_LAYOUT)
-
-
-def dense(x: jax.Array, kernel_CxD: jax.Array, bias_D: jax.Array | None = None) -> jax.Array:
-  """x [B, ..., C] times the kernel, plus the bias.
-
-  XLA:CPU transposes copies of x and of the gradient for the kernel's gradient, unless x is a matrix. On a TPU to make it one is
-  a copy: rows are stored in eights, which 77 positions or 14 pixels do not fill.
-  """
-  return lax.platform_dependent(x, kernel_CxD, bias_D, cpu=_dense_of_matrix, default=_dense)
-
-
-def _dense(x: jax.Array, kernel_CxD: jax.Array, bias_D: jax.Array | None) -> jax.Array:
-  y = x @ kernel_CxD
-  return y if bias_D is None else y + jnp.broadcast_to(bias_D, y.shape)
-
-
-def _dense_of_matrix(x: jax.Array, kernel_CxD: jax.Array, bias_D: jax.Array | None) -> jax.Array:
-  return _dense(x.reshape(-1, x.shape[-1]), kernel_CxD, bias_D).reshape(*x.shape[:-1], -1)
 
 
 def max_pool(x_BxHxWxC: jax.Array) -> jax.Array:
@@ -65,7 +47,7 @@ def grouped_conv(x_BxHxWxC: jax.Array, kernel_3x3x1xC: jax.Array, stride: int) -
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def shifted_conv(x_BxHxWxC: jax.Array, kernel_3x3x1xC: jax.Array, stride: int) -> jax.Array:
   """The depthwise convolution as a sum of nine shifted products, with a weight gradient that XLA:CPU vectorises."""
-  return _unfused(functools.partial(_shifted_sum, stride=stride), kernel_3x3x1xC, x_BxHxWxC, kernel_3x3x1xC)
+  return products.unfused(functools.partial(_shifted_sum, stride=stride), kernel_3x3x1xC, x_BxHxWxC, kernel_3x3x1xC)
 
 
 def _shifted_conv_forward(x: jax.Array, kernel: jax.Array,
@@ -75,7 +57,7 @@ def _shifted_conv_forward(x: jax.Array, kernel: jax.Array,
 
 def _shifted_conv_backward(stride: int, residuals: tuple[jax.Array, jax.Array],
                            gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-  return _unfused(functools.partial(_shifted_gradients, stride=stride), residuals[1], *residuals, gradient)
+  return products.unfused(functools.partial(_shifted_gradients, stride=stride), residuals[1], *residuals, gradient)
 
 
 @functools.partial(jax.jit, static_argnames='stride')   # here and below: traced once for each shape, of which blocks share many
@@ -90,19 +72,6 @@ def _shifted_sum(x_BxHxWxC: jax.Array, kernel_3x3x1xC: jax.Array, stride: int) -
   padded = _pad(x_BxHxWxC)
   return sum(padded[:, i:i + height:stride, j:j + width:stride] * kernel_3x3x1xC[None, i:i + 1, j:j + 1, 0]
              for i, j in _TAPS)
-
-
-def _unfused(function: Callable[..., Any], number: jax.Array, *operands: jax.Array) -> Any:
-  """function(*operands), which XLA:CPU computes once and stores.
-
-  It would otherwise copy these cheap but long expressions into every loop that reads them: the backward pass of one
-  block then computed its forward convolution 81 times an element. An optimization barrier does not help, since XLA:CPU
-  removes it before it fuses; a branch that depends on a value does. The other branch, for a `number` that is not
-  finite, gives what comes out then anyway.
-  """
-  shapes = jax.eval_shape(function, *operands)
-  return lax.cond(number[0, 0, 0, 0] < jnp.inf, function,
-                  lambda *_: jax.tree.map(lambda s: jnp.full(s.shape, jnp.nan, s.dtype), shapes), *operands)
 
 
 shifted_conv.defvjp(_shifted_conv_forward, _shifted_conv_backward)

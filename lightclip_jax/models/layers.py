@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lightclip_jax.errors import UserError
-from lightclip_jax.models import convolution
+from lightclip_jax.models import convolution, products
 
 fan_out_normal = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 trunc_normal = nn.initializers.truncated_normal(0.02)
@@ -71,7 +71,7 @@ class Dense(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     kernel = self.param('kernel', self.kernel_init, (x.shape[-1], self.features)).astype(x.dtype)
     bias = self.param('bias', nn.initializers.zeros, (self.features,)).astype(x.dtype) if self.use_bias else None
-    return convolution.dense(x, kernel, bias)
+    return products.dense(x, kernel, bias)
 
 
 class SelfAttention(nn.Module):
@@ -113,7 +113,7 @@ class PatchEmbed(nn.Module):
     kernel = self.param('kernel', init, (p, p, channels, self.features)).astype(x_BxHxWxC.dtype)
     bias = self.param('bias', nn.initializers.zeros, (self.features,)).astype(x_BxHxWxC.dtype)
     patches = x_BxHxWxC.reshape(batch, h, p, w, p, channels).transpose(0, 1, 3, 2, 4, 5).reshape(batch, h, w, -1)
-    return convolution.dense(patches, kernel.reshape(-1, self.features), bias)
+    return products.dense(patches, kernel.reshape(-1, self.features), bias)
 
 
 class TransformerBlock(nn.Module):

@@ -118,7 +118,8 @@ class Trainer:
     """The step for the mesh's platform and texts of `length` (None: the context), not yet compiled. The state's buffers are
     donated."""
     step = jax.jit(self.step, donate_argnums=0, out_shardings=(self.places, sharding.replicated(self.mesh)))
-    return step.lower(self.abstract_state(), abstract_batch(self.config, self.mesh, length))
+    with jax.default_matmul_precision(self.config.train.matmul_precision):
+      return step.lower(self.abstract_state(), abstract_batch(self.config, self.mesh, length))
 
   def compile_step(self, length: int | None = None) -> Any:
     """`lower_step`, compiled ahead of time. The state's buffers are donated: the argument must not be used again."""

@@ -6,7 +6,7 @@ import pytest
 
 from lightclip_jax.errors import UserError
 from lightclip_jax.export import onnx_graph
-from lightclip_jax.models import convolution, layers, text_transformer
+from lightclip_jax.models import convolution, layers, products, text_transformer
 
 onnx = pytest.importorskip('onnx')
 onnxruntime = pytest.importorskip('onnxruntime')
@@ -75,7 +75,7 @@ def test_factors_of_normalisations_are_folded_into_the_weights_before_them():
 
   def normed(x):
     x = jax.nn.relu6(convolution.conv(x, KERNEL, 1) * factor + factor)
-    return convolution.dense(x, jnp.asarray(KERNEL[0, 0].T)) * factor[..., :4] + x[..., :4] * 2   # x is used twice: stays
+    return products.dense(x, jnp.asarray(KERNEL[0, 0].T)) * factor[..., :4] + x[..., :4] * 2   # x is used twice: stays
 
   model = onnx_graph.convert(normed, jax.ShapeDtypeStruct((6, 6, 4), jnp.float32), 'x', 'y')
   assert sum(node.op_type == 'Mul' for node in model.graph.node) == 1
