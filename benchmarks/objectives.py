@@ -16,7 +16,8 @@ import platform
 import time
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-os.environ.setdefault('XLA_FLAGS', '--xla_force_host_platform_device_count=8')
+os.environ.setdefault('XLA_FLAGS', '--xla_force_host_platform_device_count=8 '
+                      '--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED')   # one order of collectives
 os.environ.setdefault('PJRT_NPROC', '64')   # fewer threads than devices' collectives wait for each other for ever
 os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')   # libtpu compiles here; it must not look for a TPU's host
 

@@ -6,8 +6,9 @@ Plain CLIP (its loss, AdamW) with a 6-layer text tower of width 512, 77 position
 on the device and normalised before; ours are bytes. Each setting is a process of its own; in a round each makes a few steps,
 one setting after the other, the first of them not timed: memory that lay idle goes back to a virtual machine's host. Of a
 setting's seconds a step the median over rounds counts. "ratio" is the median over rounds of the seconds of open_clip's best
-setting by ours: above 1 we are faster. On CPUs both sides may use large pages: ours as launch/local.sh does, PyTorch in
-settings of their own. `--full` adds our step with all objectives. PYTHON: an interpreter with open_clip (launch/parity_env.sh).
+setting by ours: above 1 we are faster. On CPUs ours run in launch/memory.sh, as launch/local.sh does; open_clip runs as it is
+installed and, in settings of their own that have a "ratio_in_same_memory", in the same. `--full` adds our step with all
+objectives. PYTHON: an interpreter with open_clip (launch/parity_env.sh).
 """
 import argparse
 import itertools
@@ -30,8 +31,8 @@ from lightclip_jax import config as config_lib
 from lightclip_jax.errors import UserError
 
 SIZE, CONTEXT, VOCABULARY, WIDTH, LAYERS = 224, 77, 49_408, 512, 6
-OWN_PAGES = {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}   # large ones
-PEER_PAGES = {'THP_MEM_ALLOC_ENABLE': '1'}
+MEMORY = pathlib.Path(__file__).parents[1] / 'launch' / 'memory.sh'
+SAME_MEMORY = ', our memory'
 TOWERS = ('mobilenet_v2', 'resnet18', 'vit_ti')
 
 
@@ -117,21 +118,28 @@ class Setting:
             'peak_gigabytes': peak / 1e9}
 
 
+def own_memory() -> dict[str, str]:
+  """What launch/memory.sh adds to the environment."""
+  code = 'import json, os; print(json.dumps({name: os.environ[name] for name in os.environ if name[:3] in ("LD_", "MIM")}))'
+  return json.loads(subprocess.check_output([MEMORY, sys.executable, '-c', code]))
+
+
 def settings(flags: argparse.Namespace) -> dict[str, tuple[list[str], dict[str, str]]]:
   """Name -> command and environment, ours first."""
+  memory = {} if shutil.which('nvidia-smi') else own_memory()
   own = [sys.executable, '-m', 'benchmarks.train_step', f'--tower={flags.tower}', f'--batch={flags.batch}']
-  out = {f'ours {dtype}': ([*own, f'--serve={dtype}'], OWN_PAGES) for dtype in flags.dtypes}
-  out |= {f'ours {flags.dtypes[0]}, {length} positions': ([*own, f'--serve={flags.dtypes[0]}', f'--length={length}'], OWN_PAGES)
+  out = {f'ours {dtype}': ([*own, f'--serve={dtype}'], memory) for dtype in flags.dtypes}
+  out |= {f'ours {flags.dtypes[0]}, {length} positions': ([*own, f'--serve={flags.dtypes[0]}', f'--length={length}'], memory)
           for length in flags.lengths}
   if flags.full:
-    out[f'ours {flags.dtypes[0]}, full objective'] = [*own, f'--serve={flags.dtypes[0]}', '--full'], OWN_PAGES
+    out[f'ours {flags.dtypes[0]}, full objective'] = [*own, f'--serve={flags.dtypes[0]}', '--full'], memory
   if flags.open_clip:
     script = str(pathlib.Path(__file__).with_name('train_step_open_clip.py'))
     shape = [str(n) for n in (flags.batch, SIZE, CONTEXT, VOCABULARY, WIDTH, LAYERS)]
-    environments = ({},) if shutil.which('nvidia-smi') else ({}, PEER_PAGES)
-    for dtype, how, pages in itertools.product(flags.peer_dtypes, ('eager', 'compiled'), environments):
+    environments = ({}, memory) if memory else ({},)
+    for dtype, how, extra in itertools.product(flags.peer_dtypes, ('eager', 'compiled'), environments):
       command = [flags.open_clip, script, flags.tower, dtype, str(int(how == 'compiled')), *shape]
-      out[f'open_clip {dtype} {how}{", large pages" if pages else ""}'] = command, pages
+      out[f'open_clip {dtype} {how}{SAME_MEMORY if extra else ""}'] = command, extra
   return out
 
 
@@ -153,10 +161,12 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
             'rounds': flags.rounds, 'steps_a_round': flags.steps, 'failed': failed,
             'settings': {name: setting.close() for name, setting in running.items()}}
   theirs = [name for name in seconds if name.startswith('open_clip')]
-  if theirs:
-    best = min(theirs, key=lambda name: np.median(seconds[name]))
-    result |= {'open_clip_best': best, 'ratio': {
-      name: float(np.median(seconds[best] / values)) for name, values in seconds.items() if name not in theirs}}
+  for key, names in (('', [name for name in theirs if not name.endswith(SAME_MEMORY)]),
+                     ('_in_same_memory', [name for name in theirs if name.endswith(SAME_MEMORY)])):
+    if names:
+      best = min(names, key=lambda name: np.median(seconds[name]))
+      result |= {f'open_clip_best{key}': best, f'ratio{key}': {
+        name: float(np.median(seconds[best] / values)) for name, values in seconds.items() if name not in theirs}}
   return result
 
 

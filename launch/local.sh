@@ -4,5 +4,4 @@
 #   launch/local.sh --config=configs/rn18.py:quickstart --workdir=runs/rn18
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 [ $# -gt 0 ] || set -- --config=configs/mbv2.py:quickstart --workdir=runs/quickstart
-export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}   # large pages: a step on CPUs takes up to a fifth less
-exec .venv/bin/python -m lightclip_jax.main "$@"
+exec launch/memory.sh .venv/bin/python -m lightclip_jax.main "$@"

@@ -4,11 +4,12 @@ import pathlib
 import tempfile
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
-os.environ['XLA_FLAGS'] = ' '.join((os.environ.get('XLA_FLAGS', ''), '--xla_force_host_platform_device_count=8',
-                                    '--xla_cpu_collective_call_terminate_timeout_seconds=300'))   # not 40: slow machines
-# Collectives that do not depend on each other may start in another order on each device: with one thread a device
-# (the default where there are fewer cores) they then wait for each other for ever.
-os.environ['PJRT_NPROC'] = '32'
+os.environ['XLA_FLAGS'] = ' '.join((
+    os.environ.get('XLA_FLAGS', ''), '--xla_force_host_platform_device_count=8',
+    '--xla_cpu_collective_call_terminate_timeout_seconds=300',   # not 40: slow machines
+    # One order of work on all devices: collectives that start in another order on each wait for each other for ever.
+    '--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED'))
+os.environ['PJRT_NPROC'] = '32'   # nor may they wait for each other's threads: by default, one a device
 os.environ.setdefault('LIGHTCLIP_DATA', str(pathlib.Path(tempfile.gettempdir()) / 'lightclip_jax_tests'))
 
 import jax  # noqa: E402  (the flags above must be set first)

@@ -206,3 +206,15 @@ def test_local_processes_get_their_places(launch):
   lines = [shlex.split(line) for line in done.stdout.splitlines()]
   assert [line[2] for line in lines] == [f'JAX_PROCESS_ID={i}' for i in range(3)]
   assert len({line[0] for line in lines}) == 1 and all(line[-len(FLAGS):] == FLAGS for line in lines)
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='mimalloc comes with the requirements on Linux only')
+def test_training_takes_its_memory_from_mimalloc(tmp_path):
+  loaded = 'import pathlib; print("libmimalloc" in pathlib.Path("/proc/self/maps").read_text())'
+  command = ['bash', str(LAUNCH / 'memory.sh')]
+  assert subprocess.run([*command, sys.executable, '-c', loaded], capture_output=True, text=True).stdout == 'True\n'
+  bare = tmp_path / 'python'   # one where nothing is installed
+  bare.write_text(f'#!/bin/sh\n[ "$1" = -c ] && echo {tmp_path} || echo "$LD_PRELOAD|$@"\n')
+  bare.chmod(0o755)
+  done = subprocess.run([*command, bare, '-m', 'a b'], env={'PATH': os.environ['PATH']}, capture_output=True, text=True)
+  assert done.stdout == '|-m a b\n', done.stderr
