@@ -151,7 +151,7 @@ def test_resolve_prepares_once_in_the_cache(tmp_path, monkeypatch):
   before = (folder / 'manifest.json').stat().st_mtime_ns
   assert datasets.resolve('shapes') == folder and (folder / 'manifest.json').stat().st_mtime_ns == before
   assert datasets.resolve(str(folder)) == folder
-  with pytest.raises(UserError, match=r"'shape' is neither a folder nor a built-in name \(emoji, shapes\)"):
+  with pytest.raises(UserError, match=r"'shape' is neither a folder nor a built-in name \(emoji, icons, shapes\)"):
     datasets.resolve('shape')
   monkeypatch.delenv('LIGHTCLIP_DATA')
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'c'))
