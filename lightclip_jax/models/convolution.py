@@ -20,8 +20,24 @@ def conv(x_BxHxWxC: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
   if size == 1:
     x_BxHxWxC = x_BxHxWxC[:, ::stride, ::stride]
     return products.dense(x_BxHxWxC, kernel[0, 0])
+  if kernel.shape[2] == 3:   # of an image
+    return lax.platform_dependent(x_BxHxWxC, kernel, cpu=lambda x, k: _conv_of_patches(x, k, stride),
+                                  default=lambda x, k: _conv(x, k, stride))
+  return _conv(x_BxHxWxC, kernel, stride)
+
+
+def _conv(x_BxHxWxC: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+  size = kernel.shape[0]
   return lax.conv_general_dilated(x_BxHxWxC, kernel, (stride, stride), [(size // 2, size // 2)] * 2,
                                   dimension_numbers=_LAYOUT)
+
+
+def _conv_of_patches(x_BxHxWxC: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+  """The convolution as one matrix product: of few channels XLA:CPU's own takes 2.6 times as long."""
+  size, (height, width) = kernel.shape[0], x_BxHxWxC.shape[1:3]
+  padded = jnp.pad(x_BxHxWxC, ((0, 0), (size // 2,) * 2, (size // 2,) * 2, (0, 0)))
+  taps = [padded[:, i:i + height:stride, j:j + width:stride] for i in range(size) for j in range(size)]
+  return products.dense(jnp.concatenate(taps, axis=-1), kernel.reshape(-1, kernel.shape[-1]))
 
 
 def max_pool(x_BxHxWxC: jax.Array) -> jax.Array:
@@ -47,12 +63,13 @@ def grouped_conv(x_BxHxWxC: jax.Array, kernel_3x3x1xC: jax.Array, stride: int) -
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def shifted_conv(x_BxHxWxC: jax.Array, kernel_3x3x1xC: jax.Array, stride: int) -> jax.Array:
   """The depthwise convolution as a sum of nine shifted products, with a weight gradient that XLA:CPU vectorises."""
-  return products.unfused(functools.partial(_shifted_sum, stride=stride), kernel_3x3x1xC, x_BxHxWxC, kernel_3x3x1xC)
+  return _shifted_conv_forward(x_BxHxWxC, kernel_3x3x1xC, stride)[0]
 
 
 def _shifted_conv_forward(x: jax.Array, kernel: jax.Array,
                           stride: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-  return shifted_conv(x, kernel, stride), (x, kernel)
+  padded = _pad(x)   # outside of `unfused`, so that what makes x writes it padded; kept, so that it is padded once
+  return products.unfused(functools.partial(_shifted_sum, stride=stride), kernel, padded, kernel), (padded, kernel)
 
 
 def _shifted_conv_backward(stride: int, residuals: tuple[jax.Array, jax.Array],
@@ -61,15 +78,15 @@ def _shifted_conv_backward(stride: int, residuals: tuple[jax.Array, jax.Array],
 
 
 @functools.partial(jax.jit, static_argnames='stride')   # here and below: traced once for each shape, of which blocks share many
-def _shifted_gradients(x: jax.Array, kernel: jax.Array, gradient: jax.Array, stride: int) -> tuple[jax.Array, jax.Array]:
-  dx, = jax.vjp(lambda x: _shifted_sum(x, kernel, stride), x)[1](gradient)
-  return dx, _kernel_gradient(x, gradient, stride).astype(kernel.dtype)
+def _shifted_gradients(padded: jax.Array, kernel: jax.Array, gradient: jax.Array,
+                       stride: int) -> tuple[jax.Array, jax.Array]:
+  dx, = jax.vjp(lambda x: _shifted_sum(x, kernel, stride), padded)[1](gradient)
+  return dx[:, 1:-1, 1:-1], _kernel_gradient(padded, gradient, stride).astype(kernel.dtype)
 
 
 @functools.partial(jax.jit, static_argnames='stride')
-def _shifted_sum(x_BxHxWxC: jax.Array, kernel_3x3x1xC: jax.Array, stride: int) -> jax.Array:
-  height, width = x_BxHxWxC.shape[1:3]
-  padded = _pad(x_BxHxWxC)
+def _shifted_sum(padded: jax.Array, kernel_3x3x1xC: jax.Array, stride: int) -> jax.Array:
+  height, width = padded.shape[1] - 2, padded.shape[2] - 2
   return sum(padded[:, i:i + height:stride, j:j + width:stride] * kernel_3x3x1xC[None, i:i + 1, j:j + 1, 0]
              for i, j in _TAPS)
 
@@ -77,7 +94,7 @@ def _shifted_sum(x_BxHxWxC: jax.Array, kernel_3x3x1xC: jax.Array, stride: int) -
 shifted_conv.defvjp(_shifted_conv_forward, _shifted_conv_backward)
 
 
-def _kernel_gradient(x_BxHxWxC: jax.Array, gradient_BxhxwxC: jax.Array, stride: int) -> jax.Array:
+def _kernel_gradient(padded: jax.Array, gradient_BxhxwxC: jax.Array, stride: int) -> jax.Array:
   """Float32 [3, 3, 1, C].
 
   A reduction straight over (B, h, w) leaves XLA:CPU with scalar code. Elementwise sums of up to 16 rows (of all
@@ -85,7 +102,7 @@ def _kernel_gradient(x_BxHxWxC: jax.Array, gradient_BxhxwxC: jax.Array, stride: 
   to reduce. The batch axis is not cut, so that a sharded batch needs no communication here.
   """
   height, width = gradient_BxhxwxC.shape[1:3]
-  padded, gradient = _pad(x_BxHxWxC).astype(jnp.float32), gradient_BxhxwxC.astype(jnp.float32)
+  padded, gradient = padded.astype(jnp.float32), gradient_BxhxwxC.astype(jnp.float32)
   columns = [slice(w, w + 1) for w in range(width)] if height * width <= 16 else [slice(0, width)]
   chunks = -(-height // 16)
   rows = [range(c * height // chunks, (c + 1) * height // chunks) for c in range(chunks)]

@@ -56,9 +56,10 @@ class DepthwiseConv(nn.Module):
 @jax.checkpoint
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None) -> jax.Array:
   """softmax(q kᵀ / √K + bias) v, float32 softmax: q [..., T, N, K]; k, v [..., S, N, K]; bias [..., N or 1, T, S]."""
-  logits = jnp.einsum('...tnk,...snk->...nts', q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
+  q, k, v = (jnp.swapaxes(x, -2, -3) for x in (q, k, v))   # XLA:CPU's products over heads in the middle are slow
+  logits = jnp.einsum('...tk,...sk->...ts', q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
   weights = jax.nn.softmax(logits if bias is None else logits + bias, axis=-1)
-  return jnp.einsum('...nts,...snk->...tnk', weights.astype(v.dtype), v)
+  return jnp.swapaxes(jnp.einsum('...ts,...sk->...tk', weights.astype(v.dtype), v), -2, -3)
 
 
 class Dense(nn.Module):

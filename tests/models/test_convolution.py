@@ -50,6 +50,26 @@ def test_bfloat16_kernel_gradient_is_summed_in_float32():
   np.testing.assert_array_equal(gradient[1, 1, 0].astype(jnp.float32), 16.0 ** 3)
 
 
+@pytest.mark.parametrize('height, width, size, stride', [(8, 8, 3, 2), (9, 6, 3, 2), (5, 7, 3, 1), (16, 15, 7, 2)])
+def test_an_images_convolution_and_its_gradients_are_xlas(height, width, size, stride):
+  x = jax.random.normal(jax.random.key(0), (2, height, width, 3))
+  kernel = jax.random.normal(jax.random.key(1), (size, size, 3, 4))
+  weights = jax.random.normal(jax.random.key(2), (2, -(-height // stride), -(-width // stride), 4))
+
+  def value_and_gradients(conv):
+    return jax.value_and_grad(lambda x, k: jnp.sum(conv(x, k, stride) * weights), (0, 1))(x, kernel)
+
+  for a, b in zip(jax.tree.leaves(value_and_gradients(convolution.conv)),
+                  jax.tree.leaves(value_and_gradients(convolution._conv)), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=5e-5)
+
+
+def test_only_cpus_get_a_convolution_of_patches():
+  traced = jax.jit(lambda x, k: convolution.conv(x, k, 2)).trace(jnp.ones((2, 8, 8, 3)), jnp.ones((3, 3, 3, 4)))
+  assert 'convolution' in traced.lower(lowering_platforms=('tpu',)).as_text()
+  assert 'convolution' not in traced.lower(lowering_platforms=('cpu',)).as_text()
+
+
 @pytest.mark.parametrize('size, stride', [(1, 1), (1, 2), (3, 1), (3, 2), (7, 2)])
 def test_conv_pads_as_pytorch(size, stride):
   x = jax.random.normal(jax.random.key(0), (2, 9, 8, 3))
