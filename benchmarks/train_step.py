@@ -98,15 +98,21 @@ class Setting:
     line = self._process.stdout.readline()
     if not line:
       said = self._log.read_text().strip().splitlines()
-      raise UserError(f'{self.name}: {said[-1][:200] if said else "it ended without a word"}')
+      last = said[-1][:200] if said else 'it ended without a word; are there too many settings at once for the memory?'
+      raise UserError(f'{self.name}: {last}')
     return json.loads(line)
 
   def run(self, steps: int) -> None:
     """Makes one step and then some, and notes the seconds of one of these."""
-    print(1, file=self._process.stdin, flush=True)
-    self._read()
-    print(steps, file=self._process.stdin, flush=True)
-    self.seconds.append(self._read() / steps)
+    self._make(1)
+    self.seconds.append(self._make(steps) / steps)
+
+  def _make(self, steps: int) -> float:
+    try:
+      print(steps, file=self._process.stdin, flush=True)
+    except BrokenPipeError:   # killed, by a system without memory for all settings at once; what it said is read below
+      pass
+    return self._read()
 
   def close(self) -> dict[str, float]:
     """Ends the process; what was measured."""
@@ -154,8 +160,12 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
     except UserError as error:
       failed[name] = str(error)
   for _ in tqdm.trange(flags.rounds, desc='rounds'):
-    for setting in running.values():
-      setting.run(flags.steps)
+    for name, setting in list(running.items()):
+      try:
+        setting.run(flags.steps)
+      except UserError as error:
+        failed[name] = str(error)
+        del running[name]
   seconds = {name: np.array(setting.seconds) for name, setting in running.items()}
   result = {'machine': f'{platform.machine()}, {os.cpu_count()} cores', 'tower': flags.tower, 'batch': flags.batch,
             'rounds': flags.rounds, 'steps_a_round': flags.steps, 'failed': failed,
