@@ -45,7 +45,7 @@ def main() -> None:
 def measure(config: config_lib.Config, rounds: int) -> dict[str, object]:
   """The step's work, its time, the peaks, and the shares."""
   trainer = Trainer.create(config, sharding.make_mesh(config.mesh))
-  compiled = trainer.lower_step().compile()
+  compiled = trainer.compile_step()
   cost = compiled.cost_analysis()
   state, batch = trainer.init_state(), put_batch(noise.examples(config, trainer.mesh), trainer.mesh)
 
