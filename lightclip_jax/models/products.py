@@ -1,6 +1,6 @@
 """Matrix products in the form that each platform runs fastest.
 
-Letters: N rows, C columns and rows that are summed over, D columns, E columns and then some of padding.
+Letters: N rows, C columns and rows that are summed over, D columns.
 """
 from collections.abc import Callable
 from typing import Any
@@ -55,8 +55,7 @@ def _backward(factors: tuple[jax.Array, jax.Array], gradient_NxD: jax.Array) -> 
   if y_CxD.shape[0] <= y_CxD.shape[1]:   # the narrower factor is transposed
     dy_CxD = unfused(_times, y_CxD, unfused(_transposed, y_CxD, x_NxC), gradient_NxD)
   else:
-    dy_DxE = unfused(_times_widened, y_CxD, unfused(_transposed, y_CxD, gradient_NxD), x_NxC)
-    dy_CxD = dy_DxE[:, :x_NxC.shape[1]].T
+    dy_CxD = unfused(_times, y_CxD, unfused(_transposed, y_CxD, gradient_NxD), x_NxC).T
   return dx_NxC.astype(x_NxC.dtype), dy_CxD.astype(y_CxD.dtype)
 
 
@@ -65,11 +64,6 @@ bfloat16_product.defvjp(_forward, _backward)
 
 def _times(x_NxC: jax.Array, y_CxD: jax.Array) -> jax.Array:
   return _bfloat16_dot(x_NxC, y_CxD, 0)
-
-
-def _times_widened(x_DxN: jax.Array, y_NxC: jax.Array) -> jax.Array:
-  """x y with 16 more columns: of rows as long as a power of two, a loop that reads across them finds few in the cache."""
-  return _times(x_DxN, jnp.pad(y_NxC.astype(jnp.bfloat16), ((0, 0), (0, 16))))
 
 
 def _times_transposed(x_NxC: jax.Array, y_DxC: jax.Array) -> jax.Array:
