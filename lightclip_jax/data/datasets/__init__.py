@@ -39,7 +39,7 @@ def resolve(name: str, options: configs.Data | None = None) -> storage.Path:
   """The folder of a data set; a built-in one is prepared in the cache if it is not there yet.
 
   For KIND:PATH, and for several joined by " + ", that is a folder in the cache with a manifest that points to them, the
-  tokenizer, and indexes; the data stay where they are.
+  tokenizer, and indexes; the data stay where they are. Held-out splits and concepts are those of the first prepared folder.
 
   Args:
     name: a built-in name, a prepared folder, KIND:PATH, or several.
@@ -93,9 +93,8 @@ def _spec(name: str, options: configs.Data) -> Spec:
 def _tokenizer_file(name: str, contents: dict[str, Any], options: configs.Data) -> storage.Path:
   if options.tokenizer:
     return storage.path(options.tokenizer).expanduser()
-  for part in contents['parts']:
-    if part['kind'] == 'array_record':
-      return storage.path(part['path']) / manifest.load(part['path']).tokenizer
+  if folder := sources.prepared(contents):
+    return storage.path(folder) / manifest.load(folder).tokenizer
   raise UserError(f'{name!r} brings no tokenizer; set data.tokenizer to a file (python -m lightclip_jax.prepare tokenizer '
                   'makes one)')
 
@@ -108,9 +107,15 @@ def _point_to(name: str, about: dict[str, Any], tokenizer_file: storage.Path) ->
   splits = {'train': manifest.Split(('train',), len(train))}
   if about['holdout_every']:
     splits[sources.HELDOUT] = manifest.Split((sources.HELDOUT,), len(sources.open_parts(about, sources.HELDOUT)))
+  hashes = {split: train.fingerprint for split in splits}
   contents = manifest.Manifest(
-      name=name, splits=splits, tokenizer=file, image_size=0, concepts=(), groups=(), licences={}, packages={},
-      sha256={**{split: train.fingerprint for split in splits}, file: indexes.digest(tokenizer.to_bytes().hex())}, source=about)
+      name=name, splits=splits, tokenizer=file, image_size=0, concepts=(), groups=(), licences={}, packages={}, sha256=hashes,
+      source=about)
+  if first := sources.prepared(about):   # which is evaluated
+    of = manifest.load(first)
+    contents = dataclasses.replace(
+        contents, splits={**of.splits, **splits}, concepts=of.concepts, groups=of.groups, sha256={**of.sha256, **hashes})
+  contents.sha256[file] = indexes.digest(tokenizer.to_bytes().hex())
   folder = cache() / 'sources' / indexes.digest([about, contents.sha256])
   if not (folder / manifest.FILE_NAME).is_file():
     folder.mkdir(parents=True, exist_ok=True)

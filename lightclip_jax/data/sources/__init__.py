@@ -48,13 +48,23 @@ def open_split(folder: str | storage.Path, split: str) -> Source:
 
 
 def open_parts(about: dict[str, Any], split: str) -> Source:
-  """The split of sources that a manifest names: {'parts': [...], 'weights': [...], 'holdout_every': int}."""
+  """The split of sources that a manifest names: {'parts': [...], 'weights': [...], 'holdout_every': int}.
+
+  Splits other than `train` and `HELDOUT` are those of the first prepared folder alone.
+  """
+  if split not in ('train', HELDOUT):
+    return array_record.ArrayRecordSource(prepared(about), split)
   every = about['holdout_every']
   parts: list[Source] = []
   for values in about['parts']:
     source = SOURCES[values['kind']](Spec(**values))
     parts.append(Part(source, every, split == HELDOUT) if every else source)
   return parts[0] if len(parts) == 1 else MixtureSource(parts, tuple(about['weights']))
+
+
+def prepared(about: dict[str, Any]) -> str:
+  """The first prepared folder among such sources; '' where there is none."""
+  return next((part['path'] for part in about['parts'] if part['kind'] == 'array_record'), '')
 
 
 def parse(name: str) -> tuple[str, str]:
