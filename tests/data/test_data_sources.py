@@ -14,6 +14,7 @@ import source_files
 
 from lightclip_jax import config
 from lightclip_jax.data import datasets, manifest, pipeline, sources, tokenizers
+from lightclip_jax.data.datasets import shapes
 from lightclip_jax.data.faults import BadRecord
 from lightclip_jax.errors import UserError
 
@@ -142,6 +143,20 @@ def test_workers_do_not_matter(made):
     _assert_equal(_take(_batches(made, name, workers=workers), 6), whole)
   assert {int(i) // COUNT for batch in whole for i in batch['example_id']} == set(range(len(kinds)))
   _assert_equal(_take(_batches(made, 'tfds', workers=1), 2), _take(_batches(made, 'tfds'), 2))
+
+
+def test_a_mixture_is_evaluated_on_its_first_prepared_folder(made, tmp_path):
+  names, options = made
+  for name, size in (('small', 16), ('large', 24)):
+    shapes.prepare(tmp_path / name, size=size)
+  mixed = datasets.resolve(f'{names["csv"]} + {tmp_path / "small"} + {tmp_path / "large"}', options)
+  contents, first = manifest.load(mixed), manifest.load(tmp_path / 'small')
+  assert (contents.concepts, contents.groups) == (first.concepts, first.groups) and len(first.concepts) > 1
+  assert {name: split.count for name, split in contents.splits.items()} == {
+      name: COUNT + 2 * split.count if name == 'train' else split.count for name, split in first.splits.items()}
+  for split in set(first.splits) - {'train'}:
+    got, expected = sources.open_split(mixed, split), sources.open_split(tmp_path / 'small', split)
+    assert list(map(got.__getitem__, range(len(got)))) == list(map(expected.__getitem__, range(len(expected))))
 
 
 def test_holdout_and_evaluation(made):
