@@ -88,7 +88,7 @@ class TokenMatchingTerm:
     out, o = inputs.outputs, self.options
     loss, aux = token_matching_loss(
       out.image_tokens, out.text_tokens, inputs.word_mask, inputs.scales.token_logit_scale, group_size=o.group_size,
-      epsilon=o.epsilon, num_iterations=o.num_iterations, mesh=self.placement.mesh, axes=self.placement.axes)
+      epsilon=o.epsilon, num_iterations=o.num_iterations, kind=o.kind, mesh=self.placement.mesh, axes=self.placement.axes)
     return loss, dict(token_matching_top1=(aux.top1_image_to_text + aux.top1_text_to_image) / 2)
 
 

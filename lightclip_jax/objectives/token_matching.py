@@ -18,7 +18,7 @@ from lightclip_jax.objectives.ring import Ring
 @dataclasses.dataclass(frozen=True)
 class TokenMatchingAux:
   """What the matching found for the true pairs, for plots, and how well it tells them from the rest of the group."""
-  plans_BxPxW: jax.Array       # float32, each image with its own text
+  plans_BxPxW: jax.Array       # float32, each image with its own text; of 'max' each word's best patch
   similarity_B: jax.Array      # float32, m_ii in [-1, 1]; 0 for a text without words
   top1_image_to_text: jax.Array   # float32 scalars, within groups, over texts that have a word; a tie is a miss
   top1_text_to_image: jax.Array
@@ -27,8 +27,12 @@ class TokenMatchingAux:
 def token_matching_loss(
     image_tokens_BxPxd: jax.Array, text_tokens_BxWxd: jax.Array, text_mask_BxW: jax.Array,
     logit_scale: jax.Array | float, *, group_size: int = 16, epsilon: float = 0.05, num_iterations: int = 20,
-    mesh: Mesh | None = None, axes: str | tuple[str, ...] | None = None) -> tuple[jax.Array, TokenMatchingAux]:
+    kind: str = 'sinkhorn', mesh: Mesh | None = None,
+    axes: str | tuple[str, ...] | None = None) -> tuple[jax.Array, TokenMatchingAux]:
   """Symmetric InfoNCE over m_ij = sum_pw pi_pw c_pw / min(P, words of j), inside groups of `group_size` pairs.
+
+  With kind 'max' it is FILIP's late interaction instead (Yao et al. 2021, arXiv:2111.07783), to compare with: the mean over
+  patches of the best word's cosine for image to text, the mean over words of the best patch's for text to image.
 
   Groups are contiguous runs of the global batch inside a device's share: the cost does not depend on B, and nothing is
   communicated but the final mean. A pair whose text has no word is left out.
@@ -38,28 +42,31 @@ def token_matching_loss(
     text_mask_BxW: bool, true at words (not at padding or special tokens).
     logit_scale: multiplicative, a scalar.
     epsilon, num_iterations: of `sinkhorn_plan`.
+    kind: 'sinkhorn' or 'max'.
     mesh, axes: where the batch is sharded, B over `axes`; None: one device.
 
   Returns:
     (float32 scalar, TokenMatchingAux); 0 if no text has a word.
 
   Raises:
-    UserError: for shapes that do not fit, or groups that do not divide a device's share.
+    UserError: for shapes that do not fit, another kind, or groups that do not divide a device's share.
   """
   ring = Ring.over(mesh, axes)
+  if kind not in ('sinkhorn', 'max'):
+    raise UserError(f"kind is {kind!r}; it must be 'sinkhorn' or 'max'")
   _check(image_tokens_BxPxd, text_tokens_BxWxd, text_mask_BxW, logit_scale, group_size, ring)
 
   def share(sharded: Any, _: None) -> tuple[Any, None]:
     fused = ring.mesh is not None or jax.device_count() == 1   # else the compiler might want to partition the kernel
-    return _group_similarities(*sharded, group_size, epsilon, num_iterations, fused), None
+    return _group_similarities(*sharded, group_size, kind, epsilon, num_iterations, fused), None
   tokens = image_tokens_BxPxd.astype(jnp.float32), text_tokens_BxWxd.astype(jnp.float32)
-  (similarity_Bxg, plans_BxPxW), _ = ring.run(share, (*tokens, text_mask_BxW.astype(bool)), None)
+  (*both_Bxg, plans_BxPxW), _ = ring.run(share, (*tokens, text_mask_BxW.astype(bool)), None)
   has_word = jnp.any(text_mask_BxW, axis=-1).reshape(-1, group_size)
-  similarity = similarity_Bxg.reshape(-1, group_size, group_size)
+  of_images, of_texts = (x.reshape(-1, group_size, group_size) for x in both_Bxg)
   losses, hits = zip(*(_contrast(jnp.asarray(logit_scale, jnp.float32).reshape(()) * x, has_word)
-                       for x in (similarity, similarity.swapaxes(1, 2))), strict=True)
+                       for x in (of_images, of_texts.swapaxes(1, 2))), strict=True)
   count = jnp.maximum(jnp.sum(has_word, dtype=jnp.float32), 1.0)
-  own = jnp.diagonal(jax.lax.stop_gradient(similarity), axis1=1, axis2=2).reshape(-1)
+  own = jnp.diagonal(jax.lax.stop_gradient((of_images + of_texts) / 2), axis1=1, axis2=2).reshape(-1)
   loss = sum(map(jnp.sum, losses)) / (2 * count)
   return loss, TokenMatchingAux(plans_BxPxW, own, *(jnp.sum(hit) / count for hit in hits))
 
@@ -76,19 +83,34 @@ def _check(image: jax.Array, text: jax.Array, mask: jax.Array, scale: Any, group
   ring.check(image.shape[0], group_size)
 
 
-def _group_similarities(image_BxPxd: jax.Array, text_BxWxd: jax.Array, mask_BxW: jax.Array, group_size: int,
-                        epsilon: float, num_iterations: int, fused: bool) -> tuple[jax.Array, jax.Array]:
-  """m [B, g] of every image with the texts of its group, and the plans of the true pairs."""
+def _group_similarities(image_BxPxd: jax.Array, text_BxWxd: jax.Array, mask_BxW: jax.Array, group_size: int, kind: str,
+                        epsilon: float, num_iterations: int, fused: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """m [B, g] of every image with the texts of its group, for images and for texts, and the plans of the true pairs."""
   grouped = [x.reshape(-1, group_size, *x.shape[1:]) for x in (image_BxPxd, text_BxWxd, mask_BxW)]
   cosine = jnp.einsum('nipd,njwd->nijpw', grouped[0], grouped[1],
                       precision=jax.lax.Precision.HIGHEST)
   words = jnp.broadcast_to(grouped[2][:, None], (*cosine.shape[:3], cosine.shape[4]))
-  patches = jnp.ones(cosine.shape[:4], bool)
-  plans = sinkhorn.solve(jax.lax.stop_gradient(1 - cosine), patches, words, epsilon, num_iterations, fused)
-  smaller = jnp.clip(jnp.sum(words, -1), 1, image_BxPxd.shape[1])
-  similarity = jnp.einsum('nijpw,nijpw->nij', plans, cosine) / smaller
-  own = jnp.einsum('niipw->nipw', plans)
-  return similarity.reshape(-1, group_size), own.reshape(-1, *own.shape[2:])
+  patches, constant = jnp.ones(cosine.shape[:4], bool), jax.lax.stop_gradient(cosine)
+  if kind == 'max':
+    plans = _best_words(constant, words), _best_patches(constant, words)
+    matched = image_BxPxd.shape[1], jnp.maximum(jnp.sum(words, -1), 1)
+  else:
+    plans = (sinkhorn.solve(1 - constant, patches, words, epsilon, num_iterations, fused),) * 2
+    matched = (jnp.clip(jnp.sum(words, -1), 1, image_BxPxd.shape[1]),) * 2
+  of_images, of_texts = (jnp.einsum('nijpw,nijpw->nij', plan, cosine) / n for plan, n in zip(plans, matched, strict=True))
+  own = jnp.einsum('niipw->nipw', plans[1])
+  return of_images.reshape(-1, group_size), of_texts.reshape(-1, group_size), own.reshape(-1, *own.shape[2:])
+
+
+def _best_words(cosine_xPxW: jax.Array, words_xW: jax.Array) -> jax.Array:
+  """1 at each patch's best word; all 0 where there is no word."""
+  words = words_xW[..., None, :]
+  return jax.nn.one_hot(jnp.argmax(jnp.where(words, cosine_xPxW, -2.0), -1), words.shape[-1]) * words
+
+
+def _best_patches(cosine_xPxW: jax.Array, words_xW: jax.Array) -> jax.Array:
+  """1 at each word's best patch."""
+  return jax.nn.one_hot(jnp.argmax(cosine_xPxW, -2), cosine_xPxW.shape[-2], axis=-2) * words_xW[..., None, :]
 
 
 def _contrast(logits_Gxgxg: jax.Array, has_word_Gxg: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -90,6 +90,31 @@ def test_token_matching_gradient_holds_the_plan():
   np.testing.assert_allclose(slope, (moved[0] - moved[1]) / 2, rtol=1e-3)
 
 
+def test_matching_by_the_maximum_is_filips():
+  image, text, mask = tokens(size=8)
+
+  def loss(image, text, matched=jnp.asarray(mask)):
+    return token_matching_loss(image, text, matched, 7.0, group_size=GROUP, kind='max')
+
+  def expected(image, text):   # text by text, over valid words only
+    losses = []
+    for start in range(0, 8, GROUP):
+      kept = [i for i in range(start, start + GROUP) if mask[i].any()]
+      cosine = [[image[i] @ text[j][mask[j]].T for j in kept] for i in kept]
+      for m in (jnp.array([[c.max(1).mean() for c in row] for row in cosine]),
+                jnp.array([[c.max(0).mean() for c in row] for row in cosine]).T):
+        losses.append(jax.nn.logsumexp(7.0 * m, axis=1) - 7.0 * jnp.diag(m))
+    return jnp.concatenate(losses).mean()
+
+  (got, aux), slopes = jax.value_and_grad(loss, (0, 1), has_aux=True)(image, text)
+  want, wanted_slopes = jax.value_and_grad(expected, (0, 1))(jnp.asarray(image), jnp.asarray(text))
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+  for slope, wanted in zip(slopes, wanted_slopes, strict=True):
+    np.testing.assert_allclose(slope, wanted, atol=1e-6)
+  np.testing.assert_array_equal(aux.plans_BxPxW.sum(1), mask)   # every word has one patch
+  assert loss(image, text, mask & False)[0] == 0
+
+
 @pytest.mark.parametrize('devices', [1, 2, 4, 8])
 def test_token_matching_is_the_same_on_any_number_of_devices(devices):
   image, text, mask = tokens()
@@ -158,6 +183,7 @@ def test_token_matching_finds_what_belongs_together():
   (r'8.*2 devices in groups of 8.*16', ((8, 6, 4), (8, 5, 4), (8, 5)),
    dict(group_size=8, mesh=make_mesh(2))),
   (r'group_size is 0', ((8, 6, 4), (8, 5, 4), (8, 5)), dict(group_size=0)),
+  (r"kind is 'mean'; it must be 'sinkhorn' or 'max'", ((8, 6, 4), (8, 5, 4), (8, 5)), dict(kind='mean')),
 ])
 def test_token_matching_names_bad_input(message, shapes, options):
   with pytest.raises(ValueError, match=message):
