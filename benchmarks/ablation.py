@@ -104,7 +104,7 @@ def run(key: dict[str, Any], options: Options, folder: pathlib.Path, cores: Sequ
   rates = [row['train/examples_per_second'] for row in log if 'train/examples_per_second' in row]
   results = json.loads((workdir / 'results.json').read_text())
   commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], text=True, capture_output=True).stdout.strip()
-  machine = f'{platform.machine()}, {len(cores) or os.cpu_count()} core(s)'
+  machine = f'{platform.machine()}, {len(cores or os.sched_getaffinity(0))} core(s)'
   return {**key, 'options': options, 'commit': commit, 'machine': machine,
           'command': ' '.join(command[1:4]), 'steps': results['step'], 'seconds': time.monotonic() - begun,
           'examples_per_second': statistics.median(rates), 'parameters': _parameters(said),
