@@ -3,6 +3,7 @@
 COMMAND   python -m lightclip_jax.main --config=configs/mbv2.py:VARIANT --workdir=DIR
 VARIANT     hardware                      reaches
 quickstart  2 CPU cores, 5 to 10 minutes  held-out style: concept top-1 5.3 %, 9-group 43.0 %; held-out images: top-1 19.8 %
+laptop      2 CPU cores, an hour          not yet run
 emoji       one GPU (the default)         not yet run
 icons       one GPU                       not yet run
 cc3m        one node of 8 accelerators    not yet run
@@ -16,4 +17,5 @@ from lightclip_jax.config import to_config_dict
 
 def get_config(variant: str = 'emoji') -> config_dict.ConfigDict:
   """The config of one variant."""
-  return to_config_dict(recipe.get(variant, dict(name='mobilenet_v2'), quickstart=dict(model=dict(image=dict(width=0.5)))))
+  half = dict(model=dict(image=dict(width=0.5)))
+  return to_config_dict(recipe.get(variant, dict(name='mobilenet_v2'), quickstart=half, laptop=half))

@@ -1,6 +1,7 @@
 """The recipe that all towers share. A config file names its tower; `get` builds one of its variants.
 
 quickstart  emoji at 48 px (swin_nano 64), 2 CPU cores, minutes
+laptop      emoji and the large icon set, mixed, at 64 px, 2 CPU cores, an hour
 emoji       emoji at 128 px, one GPU (the default)
 icons       the large icon set at 128 px, one GPU
 cc3m        CC3M at 224 px, one node of 8 accelerators
@@ -47,6 +48,10 @@ QUICKSTART = replace(
     checkpoint=dict(every_steps=500, every_minutes=3.0),
     evaluation=dict(every_steps=850))
 
+LAPTOP = replace(QUICKSTART, data=dict(dataset='icons + emoji', weights=(1.0, 2.0), color_jitter=0.4),
+                 model=dict(image=dict(size=64), text=dict(vocab_size=8192)), train=dict(steps=13_500),
+                 checkpoint=dict(every_minutes=10.0), evaluation=dict(every_steps=4500))
+
 EMOJI = replace(   # token_stage and mask_fraction follow what the quick start's runs showed
     Config(),
     model=dict(image=dict(size=128), token_stage=3, compute_dtype='bfloat16',
@@ -71,4 +76,4 @@ CC3M = replace(WEB, data=dict(dataset='cc3m'), train=dict(steps=45_000, batch_si
 YFCC15M = replace(WEB, data=dict(dataset='yfcc15m'), train=dict(steps=15_000, batch_size=32_768),
                   model=dict(batch_norm='group:128'), optimizer=dict(warmup_fraction=0.1, weight_decay=0.2))
 
-VARIANTS = {'quickstart': QUICKSTART, 'emoji': EMOJI, 'icons': ICONS, 'cc3m': CC3M, 'yfcc15m': YFCC15M}
+VARIANTS = {'quickstart': QUICKSTART, 'laptop': LAPTOP, 'emoji': EMOJI, 'icons': ICONS, 'cc3m': CC3M, 'yfcc15m': YFCC15M}

@@ -3,6 +3,7 @@
 COMMAND   python -m lightclip_jax.main --config=configs/rn18.py:VARIANT --workdir=DIR
 VARIANT     hardware                      reaches
 quickstart  2 CPU cores, 300 steps        not yet run
+laptop      2 CPU cores                   not yet run
 emoji       one GPU (the default)         not yet run
 icons       one GPU                       not yet run
 cc3m        one node of 8 accelerators    not yet run

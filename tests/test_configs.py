@@ -12,7 +12,7 @@ from lightclip_jax.training.step import Trainer
 
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 TOWERS = ('mbv2', 'rn18', 'swin_nano', 'vit_ti')
-VARIANTS = ('quickstart', 'emoji', 'icons', 'cc3m', 'yfcc15m')
+VARIANTS = ('quickstart', 'laptop', 'emoji', 'icons', 'cc3m', 'yfcc15m')
 
 
 @pytest.mark.parametrize('tower', TOWERS)
