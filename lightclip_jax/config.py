@@ -129,11 +129,11 @@ class Contrastive:
 @dataclasses.dataclass(frozen=True)
 class TokenMatching:
   """The Sinkhorn-relaxed matching of patches and words (docs/OBJECTIVES.md, 2). Weight 0: not computed."""
-  kind: Literal['sinkhorn', 'max'] = 'sinkhorn'   # max: FILIP's, each patch to its best word and each word to its best patch
   weight: Schedule = constant(0.5)
   group_size: int = 16
   epsilon: float = 0.05
   num_iterations: int = 20
+  kind: Literal['sinkhorn', 'max'] = 'sinkhorn'   # max: FILIP's, each patch its best word and each word its best patch
 
 
 @dataclasses.dataclass(frozen=True)
