@@ -49,7 +49,9 @@ STUDIES: dict[str, dict[str, Options]] = {   # name -> row -> options; everythin
               'fixed alpha': {**SOFT_ONLY, 'objective.contrastive.alpha.start': 0.1},
               'uniform weights': {**SOFT_ONLY, 'objective.contrastive.beta.end': 0.0},
               **_each('objective.contrastive.target_temperature', (0.05,), SOFT_ONLY),
-              **{f'CLIP, duplicates {kind}': {**CLIP, 'objective.contrastive.duplicates': kind} for kind in ('negative', 'ignore')}},
+              **{f'CLIP, duplicates {kind}': {**CLIP, 'objective.contrastive.duplicates': kind}
+                 for kind in ('negative', 'ignore')},
+              'matching + masked LM': PLAIN, 'all three, cross': {**SOFTENED, 'objective.contrastive.target_source': 'cross'}},
   'matching': {'CLIP': CLIP, **_each('model.token_stage', (0, 2, 3), MATCHING_ONLY),
                **_each('objective.token_matching.kind', ('max',), MATCHING_ONLY),
                **{f'weight {w}': MATCHING_ONLY | {f'objective.token_matching.weight.{end}': w for end in ('start', 'end')}
