@@ -1,7 +1,7 @@
 """The recipe that all towers share. A config file names its tower; `get` builds one of its variants.
 
 quickstart  emoji at 48 px (swin_nano 64), 2 CPU cores, minutes
-laptop      emoji and the large icon set, mixed, at 64 px, 2 CPU cores, an hour
+laptop      emoji and the large icon set, mixed, at 64 px, one CPU core, 70 minutes
 emoji       emoji at 128 px, one GPU (the default)
 icons       the large icon set at 128 px, one GPU
 cc3m        CC3M at 224 px, one node of 8 accelerators
