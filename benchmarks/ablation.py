@@ -30,7 +30,8 @@ import tqdm
 Options = dict[str, Any]
 
 PLAIN = {'objective.contrastive.alpha.start': 0.0, 'objective.contrastive.alpha.end': 0.0}
-SOFTENED = {'objective.contrastive.alpha.start': 0.0, 'objective.contrastive.alpha.end': 0.1}
+SOFTENED = {'objective.contrastive.alpha.start': 0.0, 'objective.contrastive.alpha.end': 0.1,
+            'objective.contrastive.target_source': 'intra'}
 NO_MATCHING = {'objective.token_matching.weight.start': 0.0, 'objective.token_matching.weight.end': 0.0}
 NO_MASKED_LM = {'objective.masked_lm.weight.start': 0.0, 'objective.masked_lm.weight.end': 0.0}
 CLIP = PLAIN | NO_MATCHING | NO_MASKED_LM
