@@ -91,15 +91,18 @@ def _group_similarities(image_BxPxd: jax.Array, text_BxWxd: jax.Array, mask_BxW:
                       precision=jax.lax.Precision.HIGHEST)
   words = jnp.broadcast_to(grouped[2][:, None], (*cosine.shape[:3], cosine.shape[4]))
   patches, constant = jnp.ones(cosine.shape[:4], bool), jax.lax.stop_gradient(cosine)
+
+  def similarity(plans: jax.Array, matched: jax.Array | int) -> jax.Array:
+    return (jnp.einsum('nijpw,nijpw->nij', plans, cosine) / matched).reshape(-1, group_size)
+
   if kind == 'max':
-    plans = _best_words(constant, words), _best_patches(constant, words)
-    matched = image_BxPxd.shape[1], jnp.maximum(jnp.sum(words, -1), 1)
+    plans = _best_patches(constant, words)
+    both = similarity(_best_words(constant, words), patches.shape[-1]), similarity(plans, jnp.maximum(jnp.sum(words, -1), 1))
   else:
-    plans = (sinkhorn.solve(1 - constant, patches, words, epsilon, num_iterations, fused),) * 2
-    matched = (jnp.clip(jnp.sum(words, -1), 1, image_BxPxd.shape[1]),) * 2
-  of_images, of_texts = (jnp.einsum('nijpw,nijpw->nij', plan, cosine) / n for plan, n in zip(plans, matched, strict=True))
-  own = jnp.einsum('niipw->nipw', plans[1])
-  return of_images.reshape(-1, group_size), of_texts.reshape(-1, group_size), own.reshape(-1, *own.shape[2:])
+    plans = sinkhorn.solve(1 - constant, patches, words, epsilon, num_iterations, fused)
+    both = (similarity(plans, jnp.clip(jnp.sum(words, -1), 1, patches.shape[-1])),) * 2
+  own = jnp.einsum('niipw->nipw', plans)
+  return *both, own.reshape(-1, *own.shape[2:])
 
 
 def _best_words(cosine_xPxW: jax.Array, words_xW: jax.Array) -> jax.Array:

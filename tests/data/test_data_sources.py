@@ -1,4 +1,5 @@
 """Every format gives the same records, in an order that only the seed decides, and goes on where it stopped."""
+import dataclasses
 import itertools
 import json
 import os
@@ -157,6 +158,21 @@ def test_a_mixture_is_evaluated_on_its_first_prepared_folder(made, tmp_path):
   for split in set(first.splits) - {'train'}:
     got, expected = sources.open_split(mixed, split), sources.open_split(tmp_path / 'small', split)
     assert list(map(got.__getitem__, range(len(got)))) == list(map(expected.__getitem__, range(len(expected))))
+
+
+@pytest.mark.parametrize('every', [0, 5])
+def test_what_a_folder_holds_out_is_not_what_a_mixture_trains_on(made, tmp_path, every):
+  names, options = made
+  shapes.prepare(tmp_path / 'folder', size=16)
+  contents = manifest.load(tmp_path / 'folder')
+  splits = {**contents.splits, sources.HELDOUT: contents.splits['heldout_style']}   # as `prepare KIND --holdout_every` names it
+  dataclasses.replace(contents, splits=splits).save(tmp_path / 'folder')
+  mixed = datasets.resolve(f'{tmp_path / "folder"} + {names["csv"]}', config.replace(options, holdout_every=every))
+  train, heldout = (sources.open_split(mixed, split) for split in ('train', sources.HELDOUT))
+  assert {train.name(i) for i in range(len(train))}.isdisjoint(heldout.name(i) for i in range(len(heldout)))
+  assert manifest.load(mixed).split(sources.HELDOUT).count == len(heldout)
+  if not every:
+    assert len(heldout) == contents.splits['heldout_style'].count
 
 
 def test_holdout_and_evaluation(made):

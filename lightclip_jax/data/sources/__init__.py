@@ -50,11 +50,11 @@ def open_split(folder: str | storage.Path, split: str) -> Source:
 def open_parts(about: dict[str, Any], split: str) -> Source:
   """The split of sources that a manifest names: {'parts': [...], 'weights': [...], 'holdout_every': int}.
 
-  Splits other than `train` and `HELDOUT` are those of the first prepared folder alone.
+  Splits other than `train`, and `HELDOUT` where records are held out here, are those of the first prepared folder alone.
   """
-  if split not in ('train', HELDOUT):
-    return array_record.ArrayRecordSource(prepared(about), split)
   every = about['holdout_every']
+  if split != 'train' and not (split == HELDOUT and every):
+    return array_record.ArrayRecordSource(prepared(about), split)
   parts: list[Source] = []
   for values in about['parts']:
     source = SOURCES[values['kind']](Spec(**values))
