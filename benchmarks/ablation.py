@@ -4,8 +4,8 @@
     python -m benchmarks.ablation --out=docs/ablation.jsonl --report=docs/RESULTS.md      # tables and plot from the lines
 
 Every row is a run of `lightclip_jax.main` with some options changed; rows of one seed see the same examples in the same order,
-and start from the same parameters. A finished run is one line of JSON; one whose line is there is not made again, and one that
-was interrupted continues in its folder under --runs. On CPUs --jobs=N runs N side by side, each on its share of the cores: more
+and start from the same parameters. A finished run is one line of JSON; one whose line is there is not made again, for this study
+or another, and one that was interrupted continues in its folder under --runs. On CPUs --jobs=N runs N side by side, each on its share of the cores: more
 a minute than one after the other on all.
 """
 import argparse
@@ -31,40 +31,44 @@ Options = dict[str, Any]
 
 PLAIN = {'objective.contrastive.alpha.start': 0.0, 'objective.contrastive.alpha.end': 0.0}
 SOFTENED = {'objective.contrastive.alpha.start': 0.0, 'objective.contrastive.alpha.end': 0.1,
-            'objective.contrastive.target_source': 'intra'}
+            'objective.contrastive.target_source': 'cross'}
 NO_MATCHING = {'objective.token_matching.weight.start': 0.0, 'objective.token_matching.weight.end': 0.0}
 NO_MASKED_LM = {'objective.masked_lm.weight.start': 0.0, 'objective.masked_lm.weight.end': 0.0}
 CLIP = PLAIN | NO_MATCHING | NO_MASKED_LM
 SOFT_ONLY, MATCHING_ONLY, MASKED_ONLY = CLIP | SOFTENED, PLAIN | NO_MASKED_LM, PLAIN | NO_MATCHING
 
 
-def _each(option: str, values: Sequence[Any], base: Options | None = None) -> dict[str, Options]:
-  return {f'{option.rpartition(".")[2]} {value}': {**(base or {}), option: value} for value in values}
+def _each(option: str, values: Sequence[Any], base: Options) -> dict[str, Options]:
+  return {f'{option.rpartition(".")[2]} {value}': {**base, option: value} for value in values}
+
+
+def _targets(name: str, base: Options) -> dict[str, Options]:
+  """Softened targets, and other ways to make them."""
+  contrastive = 'objective.contrastive.'
+  return {name: base, f'{name}, within a side': {**base, f'{contrastive}target_source': 'intra'},
+          f'{name}, fixed alpha': {**base, f'{contrastive}alpha.start': 0.1},
+          f'{name}, uniform weights': {**base, f'{contrastive}beta.end': 0.0},
+          f'{name}, temperature 0.05': {**base, f'{contrastive}target_temperature': 0.05}}
 
 
 STUDIES: dict[str, dict[str, Options]] = {   # name -> row -> options; everything else is the recipe's
   'rows': {'CLIP': CLIP, '+ softened': SOFT_ONLY, '+ matching': MATCHING_ONLY, '+ masked LM': MASKED_ONLY,
            '+ matching + masked LM': PLAIN, 'all three': SOFTENED},
-  'targets': {'CLIP': CLIP, 'softened': SOFT_ONLY,   # similarity within a side, progressive, equal texts positive
-              **_each('objective.contrastive.target_source', ('cross',), SOFT_ONLY),
-              'fixed alpha': {**SOFT_ONLY, 'objective.contrastive.alpha.start': 0.1},
-              'uniform weights': {**SOFT_ONLY, 'objective.contrastive.beta.end': 0.0},
-              **_each('objective.contrastive.target_temperature', (0.05,), SOFT_ONLY),
-              **{f'CLIP, duplicates {kind}': {**CLIP, 'objective.contrastive.duplicates': kind}
-                 for kind in ('negative', 'ignore')},
-              'matching + masked LM': PLAIN, 'all three, cross': {**SOFTENED, 'objective.contrastive.target_source': 'cross'}},
-  'matching': {'CLIP': CLIP, **_each('model.token_stage', (0, 2, 3), MATCHING_ONLY),
+  'targets': {'CLIP': CLIP, **{f'CLIP, duplicates {kind}': {**CLIP, 'objective.contrastive.duplicates': kind}
+                               for kind in ('negative', 'ignore')},
+              **_targets('+ softened', SOFT_ONLY), '+ matching + masked LM': PLAIN, **_targets('all three', SOFTENED)},
+  'matching': {'CLIP': CLIP, '+ matching': MATCHING_ONLY, **_each('model.token_stage', (0, 3), MATCHING_ONLY),
                **_each('objective.token_matching.kind', ('max',), MATCHING_ONLY),
                **{f'weight {w}': MATCHING_ONLY | {f'objective.token_matching.weight.{end}': w for end in ('start', 'end')}
                   for w in (0.1, 0.3, 1.0)},
-               **_each('objective.token_matching.epsilon', (0.02, 0.05, 0.2), MATCHING_ONLY),
-               **_each('objective.token_matching.num_iterations', (0, 5, 20), MATCHING_ONLY),
-               **_each('objective.token_matching.group_size', (4, 8, 32), MATCHING_ONLY)},
-  'masked_lm': {'CLIP': CLIP, **_each('model.fusion.op', ('cross_attention', 'add'), MASKED_ONLY),
-                **_each('model.fusion.stages', ('((4,1),)', '((4,2),)', '((3,1),(4,1))', '((3,1),(4,2))'), MASKED_ONLY),
-                **_each('data.mask_fraction', (0.15, 0.3, 0.5), MASKED_ONLY)},
-  'text': {**_each('model.text.causal', (False, True), CLIP),
-           **_each('model.text.depth', (1, 2, 4, 6, 12), CLIP | {'model.fusion.stages': '((4,1),)'})}}
+               **_each('objective.token_matching.epsilon', (0.02, 0.2), MATCHING_ONLY),
+               **_each('objective.token_matching.num_iterations', (0, 5), MATCHING_ONLY),
+               **_each('objective.token_matching.group_size', (4, 32), MATCHING_ONLY)},
+  'masked_lm': {'CLIP': CLIP, '+ masked LM': MASKED_ONLY, **_each('model.fusion.op', ('cross_attention',), MASKED_ONLY),
+                **_each('model.fusion.stages', ('((4,1),)', '((4,2),)', '((3,1),(4,2))'), MASKED_ONLY),
+                **_each('data.mask_fraction', (0.15, 0.3), MASKED_ONLY)},
+  'text': {'CLIP': CLIP, **_each('model.text.causal', (True,), CLIP),
+           **_each('model.text.depth', (1, 4, 6, 12), CLIP | {'model.fusion.stages': '((4,1),)'})}}
 SIZES = {'cpu': ('quickstart', {'train.steps': 900, 'evaluation.every_steps': 900}), 'gpu': ('emoji', {}),
          'test': ('quickstart', {'train.steps': 2, 'train.batch_size': 32, 'data.dataset': 'shapes', 'model.image.size': 32,
                                  'model.text.vocab_size': 45, 'evaluation.splits': "('heldout_style',)"})}
@@ -78,7 +82,7 @@ PLOTTED = 'text → image R@1'
 
 
 def runs(flags: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Options]]:
-  """What identifies each run, and its options; all rows of a seed before the next seed."""
+  """What names each run, and its options; all rows of a seed before the next seed."""
   variant, changes = SIZES[flags.size]
   tasks = {} if flags.size == 'test' else {'evaluation.tasks': TASKS}
   for tower in flags.towers:
@@ -88,6 +92,11 @@ def runs(flags: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Options]]:
           continue
         key = {'size': flags.size, 'study': flags.study, 'tower': tower, 'row': row, 'seed': seed}
         yield key, {'config': f'configs/{tower}.py:{variant}', **tasks, **changes, **options, 'train.seed': seed}
+
+
+def identity(size: str, tower: str, options: Options) -> str:
+  """What tells a run from all others, whichever study asks for it."""
+  return json.dumps([size, tower, {name: value for name, value in options.items() if name != 'config'}], sort_keys=True)
 
 
 def run(key: dict[str, Any], options: Options, folder: pathlib.Path, cores: Sequence[int]) -> dict[str, Any]:
@@ -124,15 +133,27 @@ def _parameters(said: str) -> str:
 def report(lines: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
   """Replaces all that follows the line "## Tables" in `path`, and draws `ablation.svg` beside it."""
   before = path.read_text().partition('## Tables\n')[0] if path.exists() else '# Results\n\n'
-  tables = collections.defaultdict(lambda: collections.defaultdict(list))
-  for line in lines:
-    tables[line['size'], line['study'], line['tower']][line['row']].append(line)
-  for name, rows in tables.items():   # they finished in any order
-    order = list(STUDIES[name[1]])
-    tables[name] = dict(sorted(rows.items(), key=lambda row: order.index(row[0])))
+  tables = _tables(lines)
   text = ''.join(_table(name, rows) for name, rows in tables.items())
   path.write_text(f'{before}## Tables\n{text}\n![Retrieval by row, and the loss](ablation.svg)\n')
   _plot(tables, path.with_name('ablation.svg'))
+
+
+def _tables(lines: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], dict[str, list[dict[str, Any]]]]:
+  """(size, study, tower) -> row -> its lines; without the studies that show no run beside those shown before."""
+  made = {identity(line['size'], line['tower'], line['options']): line for line in lines}
+  seeds = 1 + max((line['seed'] for line in lines), default=0)
+  tables, shown = {}, set()
+  for (size, tower), study in itertools.product(dict.fromkeys((line['size'], line['tower']) for line in lines), STUDIES):
+    rows, names = collections.defaultdict(list), set()
+    for key, options in runs(argparse.Namespace(size=size, study=study, rows=None, towers=[tower], seeds=seeds)):
+      if (name := identity(size, tower, options)) in made:
+        rows[key['row']].append(made[name])
+        names.add(name)
+    if names - shown:
+      tables[size, study, tower] = {row: rows[row] for row in STUDIES[study] if row in rows}
+      shown |= names
+  return tables
 
 
 def _table(name: tuple[str, str, str], rows: dict[str, list[dict[str, Any]]]) -> str:
@@ -204,10 +225,10 @@ def main() -> None:
   if flags.report:
     report(lines, flags.report)
     return
-  keys = [key for key, _ in runs(flags)]
-  done = [{name: line[name] for name in keys[0]} for line in lines]
+  done = {identity(line['size'], line['tower'], line['options']) for line in lines}
+  missing = [(key, options) for key, options in runs(flags) if identity(flags.size, key['tower'], options) not in done]
   flags.runs.mkdir(parents=True, exist_ok=True)
-  for line in side_by_side([pair for pair in runs(flags) if pair[0] not in done], flags.runs, flags.jobs):
+  for line in side_by_side(missing, flags.runs, flags.jobs):
     with flags.out.open('a') as file:
       file.write(json.dumps(line) + '\n')
 
