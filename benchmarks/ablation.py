@@ -64,6 +64,9 @@ STUDIES: dict[str, dict[str, Options]] = {   # name -> row -> options; everythin
                **_each('objective.token_matching.epsilon', (0.02, 0.2), MATCHING_ONLY),
                **_each('objective.token_matching.num_iterations', (0, 5), MATCHING_ONLY),
                **_each('objective.token_matching.group_size', (4, 32), MATCHING_ONLY)},
+  'mosaic': {f'{row}{f", mosaic {share}" if share else ""}': {**options, **({'data.mosaic': share} if share else {})}
+             for share in (0.0, 0.25, 0.5) for row, options in
+             {'CLIP': CLIP, '+ matching': MATCHING_ONLY, 'all three': SOFTENED}.items()},
   'masked_lm': {'CLIP': CLIP, '+ masked LM': MASKED_ONLY, **_each('model.fusion.op', ('cross_attention',), MASKED_ONLY),
                 **_each('model.fusion.stages', ('((4,1),)', '((4,2),)', '((3,1),(4,2))'), MASKED_ONLY),
                 **_each('data.mask_fraction', (0.15, 0.3), MASKED_ONLY)},

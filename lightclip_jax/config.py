@@ -45,7 +45,7 @@ class ImageTower:
   """The image tower. Options that a tower has no use for must keep their defaults."""
   name: Literal['mobilenet_v2', 'resnet18', 'swin_nano', 'vit_ti'] = 'mobilenet_v2'
   size: int = 224              # pixels, square
-  width: float = 1.0           # channel multiplier (mobilenet_v2)
+  width: float = 1.0           # channel multiplier (mobilenet_v2, resnet18)
   stem_stride: int = 2         # 1 keeps twice the resolution throughout, for small images (mobilenet_v2, resnet18)
   patch_size: int = 0          # 0: the tower's own (swin_nano 4, vit_ti 16)
   window: int = 7              # attention window in tokens (swin_nano)
@@ -112,6 +112,7 @@ class Data:
   first_caption: float = 0.0   # probability of the first caption (the name); the rest is uniform over all
   mask_fraction: float = 0.15  # of the words, for masked language modelling
   max_masked: int = 12         # K: masked positions in a batch's static shape
+  mosaic: float = 0.0          # probability that an example is 2 to 4 records' images on a 2×2 grid, captions joined by "and"
 
 
 @dataclasses.dataclass(frozen=True)

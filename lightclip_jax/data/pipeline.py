@@ -28,6 +28,7 @@ from lightclip_jax import storage
 from lightclip_jax.data import faults, manifest, masking, processes, rand_augment, sources, tokenizers, transforms
 from lightclip_jax.data.faults import BadRecord
 from lightclip_jax.data.records import Record
+from lightclip_jax.data.sources import mixture
 from lightclip_jax.data.teacher import Teacher
 from lightclip_jax.errors import UserError
 
@@ -58,24 +59,47 @@ class _Example:
                     f'{self._source.name(int(left_out[0, 0]))}, the last: {failed}')
 
   def _make(self, index: int, entropy: tuple[int, ...]) -> Batch:
-    record = self._source[index]
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
-    return {'image': self._image(record, rng), **self._text(record, rng), 'example_id': np.int64(index)}
+    size, mosaic = self._image_size, self._options.mosaic > 0 and rng.random() < self._options.mosaic
+    image, number, caption = self._pair(self._source[index], size // 2 if mosaic else size, rng)
+    if mosaic:
+      image, caption = self._mosaic(image, caption, index, rng)
+    return {'image': image, **self._text(caption, rng), 'caption_number': np.int32(number),   # among the record's own
+            'example_id': np.int64(index)}
 
-  def _image(self, record: Record, rng: np.random.Generator) -> np.ndarray:
+  def _pair(self, record: Record, size: int, rng: np.random.Generator) -> tuple[np.ndarray, int, str]:
+    """uint8 [size, size, 3], and the number and text of a caption."""
     options = self._options
-    image = transforms.decode_crop(record.image, self._image_size, rng, scale=options.crop_scale, ratio=options.crop_ratio,
+    image = transforms.decode_crop(record.image, size, rng, scale=options.crop_scale, ratio=options.crop_ratio,
                                    max_pixels=options.max_pixels)
     image = transforms.color_jitter(transforms.flip(image, rng, options.flip), rng, options.color_jitter)
-    return rand_augment.rand_augment(image, rng, options.rand_augment, options.rand_augment_strength)
-
-  def _text(self, record: Record, rng: np.random.Generator) -> Batch:
+    image = rand_augment.rand_augment(image, rng, options.rand_augment, options.rand_augment_strength)
     if not record.captions:
       raise BadRecord('no_caption')
-    first = rng.random() < self._options.first_caption
-    number = 0 if first else rng.integers(len(record.captions))
+    number = 0 if rng.random() < options.first_caption else int(rng.integers(len(record.captions)))
+    return image, number, record.captions[number]
+
+  def _mosaic(self, image: np.ndarray, caption: str, index: int, rng: np.random.Generator) -> tuple[np.ndarray, str]:
+    """The image among one to three others on two by two cells, their captions joined in any order.
+
+    The others are of the same part of a mixture. One that cannot be used is left out: it is counted in its own turn.
+    """
+    start, end = mixture.part_of(self._source, index)
+    images, captions = [image], [caption]
+    for other in rng.integers(start, end, size=rng.integers(1, 4)):
+      try:
+        image, _, caption = self._pair(self._source[int(other)], self._image_size // 2, rng)
+      except BadRecord:
+        continue
+      images.append(image)
+      captions.append(caption)
+    cells = [divmod(int(cell), 2) for cell in rng.permutation(4)[:len(images)]]
+    order = rng.permutation(len(captions))
+    return transforms.mosaic(images, cells, self._image_size), ' and '.join(captions[i] for i in order)
+
+  def _text(self, caption: str, rng: np.random.Generator) -> Batch:
     tokenizer = self._tokenizer
-    tokens_W = tokenizer.encode([record.captions[number]], self._context)[0]
+    tokens_W = tokenizer.encode([caption], self._context)[0]
     word_mask_W = tokenizer.word_mask(tokens_W)
     masked_W, positions_K, labels_K, weights_K = masking.mask_words(
         tokens_W, word_mask_W, rng, fraction=self._options.mask_fraction, max_masked=self._options.max_masked,
@@ -84,7 +108,6 @@ class _Example:
         'tokens': tokens_W, 'word_mask': word_mask_W, 'masked_tokens': masked_W, 'masked_positions': positions_K,
         'masked_labels': labels_K, 'masked_weights': weights_K,
         'caption_id': np.int32(zlib.crc32(tokens_W.tobytes()) & 0x7fffffff),   # equal captions, equal ids
-        'caption_number': np.int32(number),   # among the record's own
     }
 
 
@@ -115,6 +138,8 @@ def train_dataset(folder: str | storage.Path, options: configs.Data, *, image_si
   if options.rand_augment < 0 or not 0 <= options.rand_augment_strength <= 1:
     raise UserError(f'data.rand_augment is {options.rand_augment} and its strength {options.rand_augment_strength}; they must '
                     'be a number of operations and 0 to 1')
+  if not 0 <= options.mosaic <= 1 or (options.mosaic and with_teacher):
+    raise UserError(f'data.mosaic is {options.mosaic}; it must be 0 to 1, and 0 with a teacher, who has not seen the mosaics')
   source = sources.open_split(folder, 'train')
   if not len(source):
     raise UserError(f'data folder {str(folder)!r} has no training records')

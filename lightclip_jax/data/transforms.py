@@ -5,6 +5,7 @@ Letters: H height, W width, S output size.
 import io
 import math
 import struct
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
@@ -196,6 +197,15 @@ def _resize(image_HxWx3: np.ndarray, size: int) -> np.ndarray:
     height, width = (side // 2 for side in image_HxWx3.shape[:2])
     image_HxWx3 = cv2.resize(image_HxWx3[:2 * height, :2 * width], (width, height), interpolation=cv2.INTER_AREA)
   return cv2.resize(image_HxWx3, (size, size), interpolation=cv2.INTER_LINEAR)
+
+
+def mosaic(images: Sequence[np.ndarray], cells: Sequence[tuple[int, int]], size: int) -> np.ndarray:
+  """uint8 [S, S, 3]: square images of `size // 2` pixels, each in its (row, column) of two by two; white elsewhere."""
+  picture, near = np.full((size, size, 3), 255, np.uint8), size // 2
+  for image_HxWx3, (row, column) in zip(images, cells, strict=True):
+    top, left = row * (size - near), column * (size - near)
+    picture[top:top + near, left:left + near] = image_HxWx3
+  return picture
 
 
 def flip(image_HxWx3: np.ndarray, rng: np.random.Generator, probability: float) -> np.ndarray:

@@ -87,9 +87,5 @@ def _scene(records: list[Record], cells: list[tuple[int, int]], tokenizer: Token
 
 def draw(records: list[Record], cells: list[tuple[int, int]], size: int) -> np.ndarray:
   """uint8 [S, S, 3]: each image fills its cell of the grid; white elsewhere."""
-  image, edges = np.full((size, size, 3), 255, np.uint8), np.linspace(0, size, GRID + 1).astype(int)
-  for record, (row, column) in zip(records, cells, strict=True):
-    side = min(edges[row + 1] - edges[row], edges[column + 1] - edges[column])
-    small = transforms.evaluation_transform(transforms.decode(record.image), int(side))
-    image[edges[row]:edges[row] + side, edges[column]:edges[column] + side] = small
-  return image
+  return transforms.mosaic([transforms.evaluation_transform(transforms.decode(record.image), size // GRID) for record in records],
+                           cells, size)

@@ -21,7 +21,7 @@ from lightclip_jax.errors import UserError
 from lightclip_jax.export import hugging_face, verify
 from lightclip_jax.export.towers import Towers
 from lightclip_jax.inference.exported import optional
-from lightclip_jax.models import convert, swin, vit
+from lightclip_jax.models import convert, resnet, swin, vit
 
 TORCH_PYTHON = 'LIGHTCLIP_TORCH_PYTHON'
 UNVERIFIED = (f'not verified: open_clip is not installed here, and {TORCH_PYTHON} names no interpreter that has it '
@@ -72,7 +72,7 @@ def timm_model(image: config_lib.ImageTower) -> tuple[str, dict[str, Any]]:
                       'export onnx or stablehlo')
     return f'mobilenetv2_{_MOBILENETS[image.width]}', {}
   if image.name == 'resnet18':
-    return 'resnet18', {}
+    return 'resnet18', {} if image.width == 1 else {'channels': resnet.stage_channels(image.width)}
   size = {'img_size': image.size}
   if image.name == 'swin_nano':
     return 'swin_tiny_patch4_window7_224', {

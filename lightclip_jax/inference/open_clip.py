@@ -17,7 +17,7 @@ from lightclip_jax import config as config_lib
 from lightclip_jax import storage
 from lightclip_jax.data import tokenizers
 from lightclip_jax.errors import UserError
-from lightclip_jax.models import convert, image_towers, norm, text_transformer, weight_files
+from lightclip_jax.models import convert, image_towers, norm, resnet, text_transformer, weight_files
 
 CONFIG_FILE, WEIGHTS_FILE = 'open_clip_config.json', 'open_clip_model.safetensors'
 TOKENIZER_FILES = ('tokenizer.model', 'tokenizer.gz', 'tokenizer.json')   # ours first
@@ -66,6 +66,8 @@ def _image(folder: storage.Path, vision: Mapping[str, Any]) -> config_lib.ImageT
   tower = _TRUNKS[name]
   _only(vision, timm_proj='linear', timm_pool='token' if tower == 'vit_ti' else 'avg', timm_proj_bias=False)
   image = config_lib.ImageTower(name=tower, size=vision['image_size'], width=_WIDTHS.get(name, 1.0))
+  if tower == 'resnet18' and 'channels' in arguments:
+    image = config_lib.replace(image, width=arguments['channels'][0] / resnet.STAGE_CHANNELS[0])
   if tower in ('vit_ti', 'swin_nano'):
     image = config_lib.replace(image, patch_size=arguments.get('patch_size', 0))
   return config_lib.replace(image, window=arguments.get('window_size', 7)) if tower == 'swin_nano' else image

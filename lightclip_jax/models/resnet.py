@@ -32,8 +32,12 @@ class BasicBlock(nn.Module):
 
 
 class ResNet18(nn.Module):
-  """The tower: stage maps at strides 4, 8, 16, 32 (halved by `stem_stride=1`); the last one is the token grid."""
+  """The tower: stage maps at strides 4, 8, 16, 32 (halved by `stem_stride=1`); the last one is the token grid.
+
+  `width` multiplies the channels of the stages, not the stem's 64, as timm's `channels` do.
+  """
   norm: layers.Norm
+  width: float = 1.0
   stem_stride: int = 2
 
   @nn.compact
@@ -44,15 +48,21 @@ class ResNet18(nn.Module):
     x = self.norm(activation='relu', name='stem_norm')(x, train)
     x = convolution.max_pool(x)
     maps = []
-    for s, features in enumerate(STAGE_CHANNELS):
+    for s, features in enumerate(stage_channels(self.width)):
       for b in range(BLOCKS):
         x = BasicBlock(features, 2 if s > 0 and b == 0 else 1, self.norm, name=f'block{s}_{b}')(x, train)
       maps.append(x)
     return layers.ImageFeatures(x.mean((1, 2)), x, tuple(maps))
 
 
+def stage_channels(width: float) -> tuple[int, ...]:
+  """Of the four stages: each twice the one before, the first a multiple of 8."""
+  first = max(8, 8 * round(STAGE_CHANNELS[0] * width / 8))
+  return tuple(first * channels // STAGE_CHANNELS[0] for channels in STAGE_CHANNELS)
+
+
 def build(image: config.ImageTower, norm: layers.Norm) -> ResNet18:
   """The tower of this config. Raises UserError for an option it has no use for, or a size its stride cannot divide."""
-  layers.check_unused(image, config.ImageTower(), 'width', 'patch_size', 'window', 'drop_path')
+  layers.check_unused(image, config.ImageTower(), 'patch_size', 'window', 'drop_path')
   layers.check_stem(image)
-  return ResNet18(norm, image.stem_stride)
+  return ResNet18(norm, image.width, image.stem_stride)

@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(
 @pytest.mark.parametrize('name, causal', [('mobilenet_v2', False), ('resnet18', True), ('swin_nano', False), ('vit_ti', True)])
 def test_open_clip_computes_what_the_model_computes(name, causal, tmp_path):
   small = small_checkpoint.config(name, text=dict(causal=causal))
-  if name == 'mobilenet_v2':
+  if name in ('mobilenet_v2', 'resnet18'):
     small = config_lib.replace(small, model=dict(image=dict(width=0.5)))
   tokenizer = tokenizers.train(small_checkpoint.CAPTIONS * 20, 60)
   loaded = checkpoint.Loaded(1, small, small_checkpoint.random_variables(small.model), tokenizer,

@@ -61,3 +61,11 @@ def origin(source: Any, index: int) -> tuple[int, int]:
     number = bisect.bisect_right(source.starts, index) - 1
     source, index = source.parts[number], index - source.starts[number]
   return number, source.place(index) if isinstance(source, Part) else index
+
+
+def part_of(source: Any, index: int) -> tuple[int, int]:
+  """Where the records that lie in the same part of a mixture (or are all there are) begin and end."""
+  if not isinstance(source, MixtureSource):
+    return 0, len(source)
+  number = bisect.bisect_right(source.starts, index) - 1
+  return source.starts[number], source.starts[number + 1]
