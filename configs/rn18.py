@@ -17,4 +17,5 @@ from lightclip_jax.config import to_config_dict
 
 def get_config(variant: str = 'emoji') -> config_dict.ConfigDict:
   """The config of one variant."""
-  return to_config_dict(recipe.get(variant, dict(name='resnet18'), quickstart=dict(train=dict(steps=300))))
+  half = dict(model=dict(image=dict(width=0.5)))
+  return to_config_dict(recipe.get(variant, dict(name='resnet18'), quickstart=half, laptop=half))

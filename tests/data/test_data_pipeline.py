@@ -1,4 +1,5 @@
 """The order of examples: what it depends on, what it must not depend on, and how it continues."""
+import collections
 import itertools
 import json
 import multiprocessing
@@ -17,8 +18,9 @@ import pytest
 
 import lightclip_jax
 from lightclip_jax import config
-from lightclip_jax.data import manifest, pipeline
+from lightclip_jax.data import faults, manifest, pipeline, sources
 from lightclip_jax.data.datasets import shapes
+from lightclip_jax.data.sources import mixture
 from lightclip_jax.errors import UserError
 
 OPTIONS = config.replace(config.Data(), workers=0, max_masked=4, color_jitter=0.2, flip=0.5)
@@ -190,7 +192,82 @@ def test_evaluation_covers_a_split_once_over_all_hosts(shapes_folder):
   _assert_equal([{n: np.concatenate([a[n], b[n]]) for n in a} for a, b in zip(*hosts, strict=True)], whole)
 
 
+WHOLE = config.replace(OPTIONS, color_jitter=0.0, flip=0.0, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0))   # images as they are
+
+
+def _examples(source, folder, mosaic, size=16, context=96):
+  example = pipeline._Example(source, pipeline.load_tokenizer(folder), config.replace(WHOLE, mosaic=mosaic), size, context, seed=3)
+  return example, pipeline.load_tokenizer(folder)
+
+
+def _quarters(picture):
+  near = len(picture) // 2
+  cells = [picture[top:top + near, left:left + near] for top in (0, len(picture) - near) for left in (0, len(picture) - near)]
+  return [cell for cell in cells if not (cell == 255).all()]
+
+
+@pytest.mark.parametrize('size', [16, 17])
+def test_a_mosaic_is_whole_records_with_their_captions(shapes_folder, size):
+  source = sources.open_split(shapes_folder, 'train')
+  alone, tokenizer = _examples(source, shapes_folder, 0.0, size // 2)
+  captions_of = collections.defaultdict(set)   # equal pictures, equal captions or not
+  for index in range(len(source)):
+    captions_of[alone(index)['image'].tobytes()] |= set(source[index].captions)
+  example, _ = _examples(source, shapes_folder, 1.0, size)
+  counts = set()
+  for index in range(60):
+    found = example(index)
+    quarters, captions = _quarters(found['image']), tokenizer.decode(found['tokens']).split(' and ')
+    assert len(quarters) == len(captions)
+    pictured = [captions_of[quarter.tobytes()] for quarter in quarters]
+    assert any(all(caption in names for caption, names in zip(order, pictured, strict=True))
+               for order in itertools.permutations(captions)), 'each caption has its picture'
+    assert any(caption == source[index].captions[found['caption_number']] for caption in captions)
+    assert alone(index)['image'].tobytes() in {quarter.tobytes() for quarter in quarters}
+    counts.add(len(quarters))
+  assert counts == {2, 3, 4}
+
+
+def test_mosaics_are_as_many_as_asked_for(shapes_folder):
+  source = sources.open_split(shapes_folder, 'train')
+  example, tokenizer = _examples(source, shapes_folder, 0.3)
+  mosaics = [' and ' in tokenizer.decode(example(index)['tokens']) for index in range(400)]
+  assert 0.2 < np.mean(mosaics) < 0.4
+
+
+def test_a_mosaic_leaves_out_what_cannot_be_used_and_stays_in_its_part(shapes_folder):
+  class Watched:
+    """Of which two in three records cannot be used."""
+
+    def __init__(self, source):
+      self._source, self.fingerprint, self.asked = source, 'x', []
+
+    def __len__(self):
+      return len(self._source)
+
+    def name(self, index):
+      return str(index)
+
+    def __getitem__(self, index):
+      self.asked.append(index)
+      if index % 3:
+        raise faults.BadRecord('truncated')
+      return self._source[index]
+
+  parts = [Watched(sources.open_split(shapes_folder, 'train')) for _ in range(2)]
+  example, tokenizer = _examples(mixture.MixtureSource(parts), shapes_folder, 1.0)
+  for index in range(0, 60, 3):
+    found = example(index)
+    assert len(_quarters(found['image'])) == len(tokenizer.decode(found['tokens']).split(' and '))
+    assert (found['faults'] == faults.blank()).all(), 'a record is counted when it is its turn'
+  assert any(index % 3 for index in parts[0].asked) and not parts[1].asked
+
+
 def test_bad_arguments(shapes_folder, tmp_path):
+  for mosaic, teacher in ((1.5, False), (-0.1, False), (0.5, True)):
+    with pytest.raises(UserError, match=f'data.mosaic is {mosaic}; it must be 0 to 1, and 0 with a teacher'):
+      pipeline.train_dataset(shapes_folder, config.replace(OPTIONS, mosaic=mosaic), image_size=16, context=20, batch_size=16,
+                             seed=1, with_teacher=teacher)
   with pytest.raises(UserError, match='train.batch_size is 9; it must be a multiple of the 2 hosts'):
     _batches(shapes_folder, batch_size=9, process_count=2)
   with pytest.raises(UserError, match='evaluation.batch_size is 3'):

@@ -50,10 +50,12 @@ def test_bfloat16_kernel_gradient_is_summed_in_float32():
   np.testing.assert_array_equal(gradient[1, 1, 0].astype(jnp.float32), 16.0 ** 3)
 
 
-@pytest.mark.parametrize('height, width, size, stride', [(8, 8, 3, 2), (9, 6, 3, 2), (5, 7, 3, 1), (16, 15, 7, 2)])
-def test_an_images_convolution_and_its_gradients_are_xlas(height, width, size, stride):
-  x = jax.random.normal(jax.random.key(0), (2, height, width, 3))
-  kernel = jax.random.normal(jax.random.key(1), (size, size, 3, 4))
+@pytest.mark.parametrize('height, width, size, stride, channels', [
+    (8, 8, 3, 2, 3), (9, 6, 3, 2, 3), (5, 7, 3, 1, 3), (16, 15, 7, 2, 3),
+    (1, 1, 3, 1, 5), (2, 2, 3, 1, 5), (3, 2, 3, 2, 5), (6, 5, 3, 2, 5)])
+def test_a_convolution_of_patches_and_its_gradients_are_xlas(height, width, size, stride, channels):
+  x = jax.random.normal(jax.random.key(0), (2, height, width, channels))
+  kernel = jax.random.normal(jax.random.key(1), (size, size, channels, 4))
   weights = jax.random.normal(jax.random.key(2), (2, -(-height // stride), -(-width // stride), 4))
 
   def value_and_gradients(conv):
@@ -64,8 +66,10 @@ def test_an_images_convolution_and_its_gradients_are_xlas(height, width, size, s
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=5e-5)
 
 
-def test_only_cpus_get_a_convolution_of_patches():
-  traced = jax.jit(lambda x, k: convolution.conv(x, k, 2)).trace(jnp.ones((2, 8, 8, 3)), jnp.ones((3, 3, 3, 4)))
+@pytest.mark.parametrize('side, channels', [(8, 3), (6, 16)])
+def test_only_cpus_get_a_convolution_of_patches(side, channels):
+  kernel = jnp.ones((3, 3, channels, 4))
+  traced = jax.jit(lambda x, k: convolution.conv(x, k, 2)).trace(jnp.ones((2, side, side, channels)), kernel)
   assert 'convolution' in traced.lower(lowering_platforms=('tpu',)).as_text()
   assert 'convolution' not in traced.lower(lowering_platforms=('cpu',)).as_text()
 
