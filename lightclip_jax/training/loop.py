@@ -103,13 +103,11 @@ class Run:
     total = self.config.train.steps
     if self.step >= total:
       return True
-    first = self.step
+    forecast = metrics.Forecast(self.step, total)
     stop, = distributed.agree(self.step, self._stop.requested)
     while self.step < total and not stop:
-      start = time.perf_counter()
       self._one_step()
-      if self.step == first + 2:   # the first step may still pay for start-up
-        self._warn_if_slow((time.perf_counter() - start) * (total - self.step))
+      self._warn_if_slow(forecast.after(self.step))
       with self.watchdog.waiting_for('the other processes'):
         stop, late, evaluate = distributed.agree(
             self.step, self._stop.requested, self._checkpointer.late, self._evaluation_is_late)

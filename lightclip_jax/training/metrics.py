@@ -77,6 +77,22 @@ class Clock:
     return out
 
 
+class Forecast:
+  """How long a run will take, told once, by some of its steps; the first ones still pay for start-up."""
+  WARM, TIMED = 5, 5
+
+  def __init__(self, step: int, total_steps: int) -> None:
+    self._warm, self._total, self._start = step + self.WARM, total_steps, 0.0
+
+  def after(self, step: int) -> float:
+    """The seconds that are left after the last of those steps; 0 after any other."""
+    if step == self._warm:
+      self._start = time.perf_counter()
+    if step != self._warm + self.TIMED:
+      return 0.0
+    return (time.perf_counter() - self._start) / self.TIMED * (self._total - step)
+
+
 class Log:
   """A file that grows. What storage does not take for a while stays in memory, and is written with what comes next."""
 

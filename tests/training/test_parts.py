@@ -160,3 +160,11 @@ def test_muon_orthogonalises_matrices_and_leaves_the_rest_to_adamw():
   for path in (('dense', 'bias'), ('depthwise', 'kernel'), ('stem', 'kernel'), ('token_embedding', 'embedding')):
     ours, theirs = (update[path[0]][path[1]] for update in updates)
     assert np.sign(ours).tolist() == np.sign(theirs).tolist() and 0.5e-2 < np.abs(ours).mean() < 2e-2, path
+
+
+def test_a_forecast_leaves_out_the_start(monkeypatch):
+  now = iter([1000.0, 1020.0])   # only these steps are timed
+  monkeypatch.setattr(metrics.time, 'perf_counter', lambda: next(now))
+  forecast = metrics.Forecast(100, 200)
+  told = {step: forecast.after(step) for step in range(101, 201)}
+  assert {step: seconds for step, seconds in told.items() if seconds} == {110: 90 * 4.0}
