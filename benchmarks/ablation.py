@@ -179,6 +179,8 @@ def _table(name: tuple[str, str, str], rows: dict[str, list[dict[str, Any]]]) ->
 def _differences(rows: dict[str, list[dict[str, Any]]], metrics: dict[str, str]) -> list[str]:
   """A table of each row less the first, seed by seed: what seeds share cancels."""
   first, *others = rows
+  if not others:
+    return []
   base = {run['seed']: run['metrics'] for run in rows[first]}
   out = ['', f'Less {first} of the same seed:', '', f'| row | {" | ".join(metrics)} |', '|---' * (len(metrics) + 1) + '|']
   for row in others:
