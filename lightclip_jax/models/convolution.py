@@ -42,8 +42,46 @@ def _conv_of_patches(x_BxHxWxC: jax.Array, kernel: jax.Array, stride: int) -> ja
 
 
 def max_pool(x_BxHxWxC: jax.Array) -> jax.Array:
-  """The maximum of 3×3 neighbours at stride 2, padded by 1 (with −∞): [B, H, W, C] -> [B, ⌈H/2⌉, ⌈W/2⌉, C]."""
-  return lax.reduce_window(x_BxHxWxC, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), ((0, 0), (1, 1), (1, 1), (0, 0)))
+  """The maximum of 3×3 neighbours at stride 2, padded by 1 (with −∞): [B, H, W, C] -> [B, ⌈H/2⌉, ⌈W/2⌉, C].
+
+  Of equal neighbours the first one receives the gradient, as PyTorch has it.
+  """
+  return lax.platform_dependent(x_BxHxWxC, cpu=lambda x: _largest_tap(x, x.shape), default=_largest_of_window)
+
+
+def _largest_of_window(x: jax.Array) -> jax.Array:
+  return lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), ((0, 0), (1, 1), (1, 1), (0, 0)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _largest_tap(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """The same by nine shifted maps: XLA:CPU runs the gradient of a window's maximum as scalar code on one core."""
+  return _largest_tap_forward(x, shape)[0]
+
+
+def _largest_tap_forward(x: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+  del shape
+  largest, *others = _pooled_taps(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf))
+  winner = jnp.zeros(largest.shape, jnp.int8)
+  for k, tap in enumerate(others, 1):
+    winner = jnp.where(tap > largest, jnp.int8(k), winner)
+    largest = jnp.maximum(largest, tap)
+  return largest, winner
+
+
+def _largest_tap_backward(shape: tuple[int, ...], winner: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+  batch, height, width, channels = shape
+  padded = jax.ShapeDtypeStruct((batch, height + 2, width + 2, channels), gradient.dtype)
+  dx, = jax.linear_transpose(_pooled_taps, padded)([jnp.where(winner == k, gradient, 0) for k in range(len(_TAPS))])
+  return dx[:, 1:-1, 1:-1],
+
+
+_largest_tap.defvjp(_largest_tap_forward, _largest_tap_backward)
+
+
+def _pooled_taps(padded: jax.Array) -> list[jax.Array]:
+  height, width = padded.shape[1] - 2, padded.shape[2] - 2
+  return [padded[:, i:i + height:2, j:j + width:2] for i, j in _TAPS]
 
 
 def depthwise_conv(x_BxHxWxC: jax.Array, kernel_3x3x1xC: jax.Array, stride: int) -> jax.Array:

@@ -91,3 +91,15 @@ def test_max_pool_takes_the_largest_neighbour_also_of_negative_numbers():
   padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-np.inf)
   expected = [[padded[0, 2 * i:2 * i + 3, 2 * j:2 * j + 3].max((0, 1)) for j in range(3)] for i in range(3)]
   np.testing.assert_array_equal(out[0], expected)
+
+
+@pytest.mark.parametrize('height, width', [(1, 1), (6, 6), (5, 8), (2, 7)])
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_max_pool_and_its_gradient_are_xlas_also_of_equal_neighbours(height, width, dtype):
+  x = jnp.round(jax.random.normal(jax.random.key(0), (2, height, width, 3))).astype(dtype)   # many are equal
+  weights = jax.random.normal(jax.random.key(1), (2, -(-height // 2), -(-width // 2), 3)).astype(dtype)
+  pair = [jax.value_and_grad(lambda x, pool=pool: jnp.sum((pool(x) * weights).astype(jnp.float32)))(x)
+          for pool in (convolution.max_pool, convolution._largest_of_window)]
+  for a, b in zip(*pair, strict=True):
+    np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), rtol=2e-2 if dtype == jnp.bfloat16 else 1e-6, atol=1e-6)
+  assert pair[0][1].dtype == dtype
