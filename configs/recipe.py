@@ -49,17 +49,18 @@ QUICKSTART = replace(
     evaluation=dict(every_steps=850))
 
 LAPTOP = replace(QUICKSTART, data=dict(dataset='icons + emoji', weights=(1.0, 2.0), color_jitter=0.4),
-                 objective=dict(contrastive=dict(alpha=constant(0.0))),   # as it was run
+                 objective=dict(contrastive=dict(alpha=constant(0.0))),   # with softening: 23.7 instead of 25.9 %
                  model=dict(image=dict(size=64), text=dict(vocab_size=8192)), train=dict(steps=13_500),
                  checkpoint=dict(every_minutes=10.0), evaluation=dict(every_steps=4500))
 
-EMOJI = replace(   # token_stage, mask_fraction and softening follow what the quick start's runs showed
+# token_stage and mask_fraction follow what the quick start's runs showed; not softened, as the laptop recipe, the longest run so far.
+EMOJI = replace(
     Config(),
     model=dict(image=dict(size=128), token_stage=3, compute_dtype='bfloat16',
                text=dict(width=256, heads=4, depth=4, context=24, vocab_size=3072),
                fusion=dict(stages=((2, 1), (3, 2), (4, 3)), heads=4)),
     data=dict(mask_fraction=0.5, max_masked=6, first_caption=0.3, color_jitter=0.4),
-    objective=dict(contrastive=dict(alpha=Schedule(0.0, 0.1), target_source='cross')),
+    objective=dict(contrastive=dict(alpha=constant(0.0), target_source='cross')),
     train=dict(steps=8000, batch_size=1024),
     optimizer=dict(ema_decay=0.999),
     evaluation=dict(every_steps=500))
