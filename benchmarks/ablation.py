@@ -4,9 +4,9 @@
     python -m benchmarks.ablation --out=docs/ablation.jsonl --report=docs/RESULTS.md      # tables and plot from the lines
 
 Every row is a run of `lightclip_jax.main` with some options changed; rows of one seed see the same examples in the same order,
-and start from the same parameters. A finished run is one line of JSON; one whose line is there is not made again, for this study
-or another, and one that was interrupted continues in its folder under --runs. On CPUs --jobs=N runs N side by side, each on its share of the cores: more
-a minute than one after the other on all.
+and start from the same parameters. A finished run is one line of JSON; one whose line is there is not made again, for this
+study or another, and one that was interrupted continues in its folder under --runs. On CPUs --jobs=N runs N side by side, each
+on its share of the cores: more a minute than one after the other on all.
 """
 import argparse
 import collections
@@ -105,7 +105,8 @@ def identity(size: str, tower: str, options: Options) -> str:
 def run(key: dict[str, Any], options: Options, folder: pathlib.Path, cores: Sequence[int]) -> dict[str, Any]:
   """Trains and evaluates on these cores (none: on all); the line of the record."""
   options = dict(options)
-  workdir = folder / '-'.join(str(part).replace(' ', '_').replace('/', '_') for part in key.values())
+  name = '-'.join(str(value) for part, value in key.items() if part != 'study')   # studies share runs
+  workdir = folder / name.replace(' ', '_').replace('/', '_')
   command = [sys.executable, '-m', 'lightclip_jax.main', f'--config={options.pop("config")}', f'--workdir={workdir}']
   bound = ['taskset', '--cpu-list', ','.join(map(str, cores))] if cores else []
   begun = time.monotonic()
@@ -156,6 +157,8 @@ def _tables(lines: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], dict[
     if names - shown:
       tables[size, study, tower] = {row: rows[row] for row in STUDIES[study] if row in rows}
       shown |= names
+  for name in made.keys() - shown:
+    print(f'in no study now: {name}', file=sys.stderr)
   return tables
 
 

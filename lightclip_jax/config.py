@@ -112,7 +112,7 @@ class Data:
   first_caption: float = 0.0   # probability of the first caption (the name); the rest is uniform over all
   mask_fraction: float = 0.15  # of the words, for masked language modelling
   max_masked: int = 12         # K: masked positions in a batch's static shape
-  mosaic: float = 0.0          # probability that an example is 2 to 4 records' images on a 2×2 grid, captions joined by "and"
+  mosaic: float = 0.0          # share of examples that up to three more join, on a 2×2 grid, their captions joined by "and"
 
 
 @dataclasses.dataclass(frozen=True)

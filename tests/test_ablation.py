@@ -60,7 +60,10 @@ def test_rows_are_one_program_at_inference():
 
 def test_what_is_recorded_is_not_run_again(tmp_path, monkeypatch):
   made = []
-  monkeypatch.setattr(ablation, 'run', lambda key, options, folder, cores: made.append(key) or {**key, 'options': options, 'metrics': {}})
+  def run(key, options, folder, cores):
+    made.append(key)
+    return {**key, 'options': options, 'metrics': {}}
+  monkeypatch.setattr(ablation, 'run', run)
   out = tmp_path / 'a.jsonl'
   monkeypatch.setattr('sys.argv', ['ablation', f'--out={out}', f'--runs={tmp_path / "runs"}', '--seeds=1'])
   ablation.main()

@@ -59,43 +59,51 @@ class _Example:
                     f'{self._source.name(int(left_out[0, 0]))}, the last: {failed}')
 
   def _make(self, index: int, entropy: tuple[int, ...]) -> Batch:
-    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
-    size, mosaic = self._image_size, self._options.mosaic > 0 and rng.random() < self._options.mosaic
-    image, number, caption = self._pair(self._source[index], size // 2 if mosaic else size, rng)
-    if mosaic:
-      image, caption = self._mosaic(image, caption, index, rng)
+    # What is mixed is drawn apart, so that what is not is the same with mosaics and without.
+    rng, mixing = (np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy, spawn_key=key))) for key in ((), (0,)))
+    record = self._source[index]
+    image = self._image(record, self._image_size, rng)
+    number, caption = self._caption(record, rng)
+    if self._options.mosaic and mixing.random() < self._options.mosaic:
+      image, caption = self._mosaic(image, caption, index, mixing)
     return {'image': image, **self._text(caption, rng), 'caption_number': np.int32(number),   # among the record's own
             'example_id': np.int64(index)}
 
-  def _pair(self, record: Record, size: int, rng: np.random.Generator) -> tuple[np.ndarray, int, str]:
-    """uint8 [size, size, 3], and the number and text of a caption."""
+  def _image(self, record: Record, size: int, rng: np.random.Generator) -> np.ndarray:
     options = self._options
     image = transforms.decode_crop(record.image, size, rng, scale=options.crop_scale, ratio=options.crop_ratio,
                                    max_pixels=options.max_pixels)
     image = transforms.color_jitter(transforms.flip(image, rng, options.flip), rng, options.color_jitter)
-    image = rand_augment.rand_augment(image, rng, options.rand_augment, options.rand_augment_strength)
+    return rand_augment.rand_augment(image, rng, options.rand_augment, options.rand_augment_strength)
+
+  def _caption(self, record: Record, rng: np.random.Generator) -> tuple[int, str]:
     if not record.captions:
       raise BadRecord('no_caption')
-    number = 0 if rng.random() < options.first_caption else int(rng.integers(len(record.captions)))
-    return image, number, record.captions[number]
+    number = 0 if rng.random() < self._options.first_caption else int(rng.integers(len(record.captions)))
+    return number, record.captions[number]
 
   def _mosaic(self, image: np.ndarray, caption: str, index: int, rng: np.random.Generator) -> tuple[np.ndarray, str]:
-    """The image among one to three others on two by two cells, their captions joined in any order.
+    """An example among one to three others of its part of a mixture: pictures in the cells of a grid, captions joined.
 
-    The others are of the same part of a mixture. One that cannot be used is left out: it is counted in its own turn.
+    Others whose caption the context would cut are left out, and those that cannot be used, which are counted in their own turn.
     """
+    size, images, captions = self._image_size // transforms.GRID, [], [caption]
     start, end = mixture.part_of(self._source, index)
-    images, captions = [image], [caption]
-    for other in rng.integers(start, end, size=rng.integers(1, 4)):
+    for other in rng.integers(start, end, size=rng.integers(1, transforms.GRID ** 2)):
       try:
-        image, _, caption = self._pair(self._source[int(other)], self._image_size // 2, rng)
+        record = self._source[int(other)]
+        place, (_, said) = rng.integers(len(captions) + 1), self._caption(record, rng)
+        joined = [*captions[:place], said, *captions[place:]]
+        if tokenizers.fits(self._tokenizer, ' and '.join(joined), self._context):
+          images.append(self._image(record, size, rng))
+          captions = joined
       except BadRecord:
         continue
-      images.append(image)
-      captions.append(caption)
-    cells = [divmod(int(cell), 2) for cell in rng.permutation(4)[:len(images)]]
-    order = rng.permutation(len(captions))
-    return transforms.mosaic(images, cells, self._image_size), ' and '.join(captions[i] for i in order)
+    if not images:
+      return image, caption
+    images.append(transforms.resize(image, size))
+    cells = [divmod(int(cell), transforms.GRID) for cell in rng.permutation(transforms.GRID ** 2)[:len(images)]]
+    return transforms.mosaic(images, cells, self._image_size), ' and '.join(captions)
 
   def _text(self, caption: str, rng: np.random.Generator) -> Batch:
     tokenizer = self._tokenizer

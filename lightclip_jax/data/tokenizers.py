@@ -235,6 +235,13 @@ KINDS: dict[str, Callable[[bytes], Tokenizer]] = {   # by file suffix
 }
 
 
+def fits(tokenizer: Tokenizer, caption: str, context: int) -> bool:
+  """Whether no word of the caption would be cut off."""
+  # One position more than it has: what fills that would be.
+  longer, tokens = (tokenizer.word_mask(tokenizer.encode([caption], length)[0]).sum() for length in (context + 1, context))
+  return bool(longer == tokens)
+
+
 def from_bytes(data: bytes, suffix: str = '.model') -> Tokenizer:
   """The tokenizer whose `to_bytes` gave `data`; `suffix` says of which kind."""
   return KINDS[suffix](data)

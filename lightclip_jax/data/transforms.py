@@ -16,6 +16,7 @@ import simplejpeg
 from lightclip_jax.data.faults import BadRecord
 
 MAX_PIXELS = 1 << 26
+GRID = 2                      # cells along each side of a mosaic
 BLACK = cv2.imencode('.png', np.zeros((8, 8, 3), np.uint8))[1].tobytes()   # in the place of an image that cannot be read
 _JPEG, _PNG = b'\xff\xd8', b'\x89PNG\r\n\x1a\n'
 _WEBP_EXIF, _WEBP_MOVES = 8, 2       # flags of its extended header
@@ -161,7 +162,7 @@ def _crop_resize(image_HxWx3: np.ndarray, box: tuple[float, float, float, float]
   """The part at (top, left, height, width), which may lie between pixels, as uint8 [S, S, 3], in one call."""
   top, left, h, w = box
   if min(h, w) >= 2 * size:   # bilinear would skip pixels; and of so many, fractions do not matter
-    return _resize(image_HxWx3[round(top):round(top + h), round(left):round(left + w)], size)
+    return resize(image_HxWx3[round(top):round(top + h), round(left):round(left + w)], size)
   y, x = h / size, w / size
   place = np.array([[x, 0, left + x / 2 - 0.5], [0, y, top + y / 2 - 0.5]])   # of an output pixel's middle in the image
   return cv2.warpAffine(image_HxWx3, place, (size, size), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
@@ -172,7 +173,7 @@ def random_resized_crop(image_HxWx3: np.ndarray, size: int, rng: np.random.Gener
                         ratio: tuple[float, float]) -> np.ndarray:
   """A random part of the image, resized to uint8 [S, S, 3] (Inception's crop: area in `scale`, log-uniform `ratio`)."""
   top, left, h, w = crop_box(*image_HxWx3.shape[:2], rng, scale, ratio)
-  return _resize(image_HxWx3[top:top + h, left:left + w], size)
+  return resize(image_HxWx3[top:top + h, left:left + w], size)
 
 
 def crop_box(height: int, width: int, rng: np.random.Generator, scale: tuple[float, float], ratio: tuple[float, float],
@@ -188,10 +189,10 @@ def crop_box(height: int, width: int, rng: np.random.Generator, scale: tuple[flo
   return (height - side) // 2, (width - side) // 2, side, side
 
 
-def _resize(image_HxWx3: np.ndarray, size: int) -> np.ndarray:
-  """Halved (each pixel the mean of four) while that leaves enough, then bilinear, whose taps cover less than a half.
+def resize(image_HxWx3: np.ndarray, size: int) -> np.ndarray:
+  """uint8 [S, S, 3]: halved (each pixel the mean of four) while that leaves enough, then bilinear.
 
-  Five times as fast as OpenCV's INTER_AREA at a factor that is not whole.
+  Bilinear taps then cover less than a half. Five times as fast as OpenCV's INTER_AREA at a factor that is not whole.
   """
   while min(image_HxWx3.shape[:2]) >= 2 * size:
     height, width = (side // 2 for side in image_HxWx3.shape[:2])
@@ -200,10 +201,11 @@ def _resize(image_HxWx3: np.ndarray, size: int) -> np.ndarray:
 
 
 def mosaic(images: Sequence[np.ndarray], cells: Sequence[tuple[int, int]], size: int) -> np.ndarray:
-  """uint8 [S, S, 3]: square images of `size // 2` pixels, each in its (row, column) of two by two; white elsewhere."""
-  picture, near = np.full((size, size, 3), 255, np.uint8), size // 2
+  """uint8 [S, S, 3]: square images of `size // GRID` pixels, each in its (row, column); white elsewhere."""
+  picture, near = np.full((size, size, 3), 255, np.uint8), size // GRID
+  edges = np.linspace(0, size, GRID + 1).astype(int)
   for image_HxWx3, (row, column) in zip(images, cells, strict=True):
-    top, left = row * (size - near), column * (size - near)
+    top, left = edges[row], edges[column]
     picture[top:top + near, left:left + near] = image_HxWx3
   return picture
 

@@ -7,12 +7,12 @@ import re
 
 import numpy as np
 
-from lightclip_jax.data import transforms
+from lightclip_jax.data import tokenizers, transforms
 from lightclip_jax.data.records import Record
 from lightclip_jax.data.tokenizers import Tokenizer
 from lightclip_jax.evaluation.matching import join_pieces
 
-GRID = 2                                # cells along each side
+GRID = transforms.GRID                  # cells along each side
 FEWEST, MOST = 2, GRID * GRID           # things
 _PLAIN_NAME = re.compile(r'[a-z]+( [a-z]+)?')   # words that every tokenizer splits at blanks only
 
@@ -74,12 +74,10 @@ def _scene(records: list[Record], cells: list[tuple[int, int]], tokenizer: Token
   for kept in range(len(records), FEWEST - 1, -1):
     names = [record.concept for record in records[:kept]]
     caption, numbers = caption_of(names)
-    # One position more than it has: what fills that was cut.
-    longer, tokens_W = (tokenizer.encode([caption], positions)[0] for positions in (context + 1, context))
+    tokens_W = tokenizer.encode([caption], context)[0]
     positions = np.flatnonzero(tokenizer.word_mask(tokens_W))
     words = [list(word) for word in join_pieces(tokenizer.pieces(tokens_W[positions]))]
-    whole = tokenizer.word_mask(longer).sum() == len(positions)
-    if whole and len(words) == len(caption.split()):
+    if tokenizers.fits(tokenizer, caption, context) and len(words) == len(caption.split()):
       places = tuple(tuple(int(positions[i]) for number in of_name for i in words[number]) for of_name in numbers)
       return Scene(draw(records[:kept], cells[:kept], size), caption, tokens_W, tuple(names), tuple(cells[:kept]), places)
   return None
@@ -87,5 +85,5 @@ def _scene(records: list[Record], cells: list[tuple[int, int]], tokenizer: Token
 
 def draw(records: list[Record], cells: list[tuple[int, int]], size: int) -> np.ndarray:
   """uint8 [S, S, 3]: each image fills its cell of the grid; white elsewhere."""
-  return transforms.mosaic([transforms.evaluation_transform(transforms.decode(record.image), size // GRID) for record in records],
-                           cells, size)
+  images = (transforms.evaluation_transform(transforms.decode(record.image), size // GRID) for record in records)
+  return transforms.mosaic(list(images), cells, size)

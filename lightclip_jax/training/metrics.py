@@ -1,10 +1,12 @@
 """Metrics: averaged over an interval on the host, written to the console, `metrics.jsonl` and TensorBoard."""
 import functools
+import itertools
 import json
 import math
 import pathlib
 import shutil
 import socket
+import statistics
 import struct
 import sys
 import tempfile
@@ -82,15 +84,16 @@ class Forecast:
   WARM, TIMED = 5, 5
 
   def __init__(self, step: int, total_steps: int) -> None:
-    self._warm, self._total, self._start = step + self.WARM, total_steps, 0.0
+    self._warm, self._total, self._times = step + self.WARM, total_steps, []
 
   def after(self, step: int) -> float:
-    """The seconds that are left after the last of those steps; 0 after any other."""
-    if step == self._warm:
-      self._start = time.perf_counter()
+    """The seconds that are left after the last of those steps, by their median; 0 after any other."""
+    if self._warm <= step <= self._warm + self.TIMED:
+      self._times.append(time.perf_counter())
     if step != self._warm + self.TIMED:
       return 0.0
-    return (time.perf_counter() - self._start) / self.TIMED * (self._total - step)
+    steps = [end - start for start, end in itertools.pairwise(self._times)]
+    return statistics.median(steps) * (self._total - step)
 
 
 class Log:

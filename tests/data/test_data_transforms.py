@@ -140,7 +140,7 @@ def test_rotated_images_stand_upright(kind, orientation):
   decoded = transforms.decode(data)
   assert decoded.shape == expected.shape and np.abs(decoded - expected).max() <= 4
   whole = transforms.decode_crop(data, 20, RNG(0), scale=(1, 1), ratio=(expected.shape[1] / expected.shape[0],) * 2)
-  reference = transforms._resize(decoded, 20).astype(int)
+  reference = transforms.resize(decoded, 20).astype(int)
   assert np.abs(whole - reference).mean() < 3
 
 
