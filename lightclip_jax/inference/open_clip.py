@@ -67,7 +67,11 @@ def _image(folder: storage.Path, vision: Mapping[str, Any]) -> config_lib.ImageT
   _only(vision, timm_proj='linear', timm_pool='token' if tower == 'vit_ti' else 'avg', timm_proj_bias=False)
   image = config_lib.ImageTower(name=tower, size=vision['image_size'], width=_WIDTHS.get(name, 1.0))
   if tower == 'resnet18' and 'channels' in arguments:
-    image = config_lib.replace(image, width=arguments['channels'][0] / resnet.STAGE_CHANNELS[0])
+    channels = tuple(arguments['channels'])
+    image = config_lib.replace(image, width=sum(channels[:1]) / resnet.STAGE_CHANNELS[0])
+    if channels != resnet.stage_channels(image.width):
+      raise UserError(f'its ResNet-18 has stages of {channels} channels; each must have twice those before it, the first a '
+                      'multiple of 8')
   if tower in ('vit_ti', 'swin_nano'):
     image = config_lib.replace(image, patch_size=arguments.get('patch_size', 0))
   return config_lib.replace(image, window=arguments.get('window_size', 7)) if tower == 'swin_nano' else image

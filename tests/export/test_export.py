@@ -19,6 +19,7 @@ from lightclip_jax.errors import UserError
 from lightclip_jax.export import __main__ as command
 from lightclip_jax.export import export, open_clip, towers, verify
 from lightclip_jax.inference import checkpoint, exported
+from lightclip_jax.inference import open_clip as inference_open_clip
 from lightclip_jax.models import convert, lightclip
 
 CONFIG = small_checkpoint.config('vit_ti')
@@ -240,6 +241,22 @@ def test_a_tower_that_is_not_the_model_fails():
 def test_towers_that_timm_lacks(changes, words):
   with pytest.raises(UserError, match=words):
     open_clip.timm_model(config_lib.replace(config_lib.Model(), **changes).image)
+
+
+def test_a_resnets_channels_are_its_width(tmp_path):
+  vision = dict(timm_model_name='local-dir:x', image_size=64, timm_proj='linear', timm_pool='avg', timm_proj_bias=False)
+  (tmp_path / 'trunk').mkdir()
+
+  def read(channels):
+    trunk = {'architecture': 'resnet18', 'model_args': {'channels': channels}}
+    (tmp_path / 'trunk/config.json').write_text(json.dumps(trunk))
+    return inference_open_clip._image(tmp_path, vision)
+  for width in (0.25, 0.5, 2.0):
+    written = open_clip.timm_model(config_lib.ImageTower('resnet18', width=width))[1]['channels']
+    assert read(written) == config_lib.ImageTower('resnet18', size=64, width=width)
+  for channels in ([64, 64, 64, 64], [30, 60, 120, 240], []):
+    with pytest.raises(UserError, match='stages of .* channels; each must have twice'):
+      read(channels)
 
 
 def test_mistakes_are_one_line(workdir, tmp_path, monkeypatch):
