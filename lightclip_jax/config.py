@@ -113,7 +113,6 @@ class Data:
   mask_fraction: float = 0.15  # of the words, for masked language modelling
   max_masked: int = 12         # K: masked positions in a batch's static shape
   mosaic: float = 0.0          # share of examples that up to three more join, on a 2×2 grid, their captions joined by "and"
-  mosaic_from: int = 0         # the first step that has mosaics
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,12 +44,12 @@ class _Example:
     self._source, self._tokenizer, self._options = source, tokenizer, options
     self._image_size, self._context, self._seed = image_size, context, seed
 
-  def __call__(self, position: int, mosaic: bool = True) -> Batch:
+  def __call__(self, position: int) -> Batch:
     epoch, index = divmod(position, len(self._source))
     entropy, left_out = (self._seed, index, epoch), faults.blank()
     for attempt in range(faults.ATTEMPTS):
       try:
-        return {**self._make(index, entropy, mosaic), 'faults': left_out}
+        return {**self._make(index, entropy), 'faults': left_out}
       except BadRecord as error:
         left_out[attempt], failed = faults.entry(index, error), error
         # Another record, which follows from the place of the one that it replaces: batches stay full and resumable.
@@ -58,13 +58,13 @@ class _Example:
     raise UserError(f'{faults.ATTEMPTS} records in a row cannot be used; the first was '
                     f'{self._source.name(int(left_out[0, 0]))}, the last: {failed}')
 
-  def _make(self, index: int, entropy: tuple[int, ...], mosaic: bool) -> Batch:
+  def _make(self, index: int, entropy: tuple[int, ...]) -> Batch:
     # What is mixed is drawn apart, so that what is not is the same with mosaics and without.
     rng, mixing = (np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy, spawn_key=key))) for key in ((), (0,)))
     record = self._source[index]
     image = self._image(record, self._image_size, rng)
     number, caption = self._caption(record, rng)
-    if mosaic and self._options.mosaic and mixing.random() < self._options.mosaic:
+    if self._options.mosaic and mixing.random() < self._options.mosaic:
       image, caption = self._mosaic(image, caption, index, mixing)
     return {'image': image, **self._text(caption, rng), 'caption_number': np.int32(number),   # among the record's own
             'example_id': np.int64(index)}
@@ -119,11 +119,6 @@ class _Example:
     }
 
 
-def _example(make: _Example, first_mosaic: int, number: int, position: int) -> Batch:
-  """Example `number` of a host's share."""
-  return make(position, number >= first_mosaic)
-
-
 class _Share(grain.MapDataset):
   """What one host reads of the global order, from batch `first` on."""
 
@@ -153,16 +148,12 @@ def train_dataset(folder: str | storage.Path, options: configs.Data, *, image_si
                     'be a number of operations and 0 to 1')
   if not 0 <= options.mosaic <= 1 or (options.mosaic and with_teacher):
     raise UserError(f'data.mosaic is {options.mosaic}; it must be 0 to 1, and 0 with a teacher, who has not seen the mosaics')
-  if options.mosaic_from < 0:
-    raise UserError(f'data.mosaic_from is {options.mosaic_from}; it must be the number of a step, 0 or more')
   source = sources.open_split(folder, 'train')
   if not len(source):
     raise UserError(f'data folder {str(folder)!r} has no training records')
   example = _Example(source, load_tokenizer(folder), options, image_size, context, seed)
-  first_mosaic = (options.mosaic_from - first_batch) * (batch_size // process_count)
   share = _Share(_order(source, seed), batch_size, process_index, process_count, first_batch)
-  examples = share.map_with_index(functools.partial(_example, example, first_mosaic))
-  examples = examples.map(Teacher(folder)) if with_teacher else examples
+  examples = share.map(example).map(Teacher(folder)) if with_teacher else share.map(example)
   batches = examples.batch(batch_size // process_count)
   workers = worker_count(options.workers)
   threads = 1 if workers else max(1, min(16, os.cpu_count() or 1))

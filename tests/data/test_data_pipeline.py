@@ -26,8 +26,8 @@ from lightclip_jax.errors import UserError
 OPTIONS = config.replace(config.Data(), workers=0, max_masked=4, color_jitter=0.2, flip=0.5, mosaic=0.3)
 
 
-def _batches(folder, *, workers=0, batch_size=16, seed=1, options=OPTIONS, **more):
-  options = config.replace(options, workers=workers)
+def _batches(folder, *, workers=0, batch_size=16, seed=1, **more):
+  options = config.replace(OPTIONS, workers=workers)
   return pipeline.train_batches(folder, options, image_size=16, context=20, batch_size=batch_size, seed=seed, **more)
 
 
@@ -240,23 +240,6 @@ def test_what_is_not_mixed_is_the_same_as_without_mosaics(shapes_folder):
     _assert_equal([example(int(index))], [plain(int(index))])
 
 
-@pytest.mark.parametrize(('workers', 'hosts'), [(0, 1), (2, 2)])
-def test_mosaics_begin_at_their_step_in_a_run_that_is_continued_too(shapes_folder, workers, hosts):
-  def batches(**changes):
-    options = config.replace(OPTIONS, **changes)
-    return [_batches(shapes_folder, workers=workers, options=options, process_index=host, process_count=hosts)
-            for host in range(hosts)]
-
-  for never, always, late in zip(batches(mosaic=0.0), batches(mosaic=1.0), batches(mosaic=1.0, mosaic_from=2), strict=True):
-    never, always = ([next(one) for _ in range(4)] for one in (never, always))
-    expected = never[:2] + always[2:]
-    _assert_equal([next(late) for _ in range(4)], expected)
-    for first in (1, 3):
-      late.restore(late.state() | {'next_batch': first})
-      _assert_equal([next(late)], [expected[first]])
-    assert any((a['image'] != b['image']).any() for a, b in zip(never[2:], always[2:], strict=True))
-
-
 @pytest.mark.parametrize('part', [0, 1])
 def test_a_mosaic_leaves_out_what_cannot_be_used_and_stays_in_its_part(shapes_folder, part):
   class Watched:
@@ -292,8 +275,6 @@ def test_bad_arguments(shapes_folder, tmp_path):
     with pytest.raises(UserError, match=f'data.mosaic is {mosaic}; it must be 0 to 1, and 0 with a teacher'):
       pipeline.train_dataset(shapes_folder, config.replace(OPTIONS, mosaic=mosaic), image_size=16, context=20, batch_size=16,
                              seed=1, with_teacher=teacher)
-  with pytest.raises(UserError, match='data.mosaic_from is -1; it must be the number of a step, 0 or more'):
-    _batches(shapes_folder, options=config.replace(OPTIONS, mosaic_from=-1))
   with pytest.raises(UserError, match='train.batch_size is 9; it must be a multiple of the 2 hosts'):
     _batches(shapes_folder, batch_size=9, process_count=2)
   with pytest.raises(UserError, match='evaluation.batch_size is 3'):
