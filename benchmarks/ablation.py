@@ -72,7 +72,8 @@ STUDIES: dict[str, dict[str, Options]] = {   # name -> row -> options; everythin
                 **_each('data.mask_fraction', (0.15, 0.3), MASKED_ONLY)},
   'text': {'CLIP': CLIP, **_each('model.text.causal', (True,), CLIP),
            **_each('model.text.depth', (1, 4, 6, 12), CLIP | {'model.fusion.stages': '((4,1),)'})}}
-SIZES = {'cpu': ('quickstart', {'train.steps': 900, 'evaluation.every_steps': 900}), 'gpu': ('emoji', {}),
+SIZES = {'cpu': ('quickstart', {'train.steps': 900, 'evaluation.every_steps': 900}),
+         'quickstart': ('quickstart', {'evaluation.every_steps': 1700}), 'laptop': ('laptop', {}), 'gpu': ('emoji', {}),
          'test': ('quickstart', {'train.steps': 2, 'train.batch_size': 32, 'data.dataset': 'shapes', 'model.image.size': 32,
                                  'model.text.vocab_size': 45, 'evaluation.splits': "('heldout_style',)"})}
 TASKS = ('flags', 'pointing', 'zero_shot:digits', 'linear_probe:digits')

@@ -134,9 +134,8 @@ def settings(flags: argparse.Namespace) -> dict[str, tuple[list[str], dict[str, 
   """Name -> command and environment, ours first."""
   memory = {} if shutil.which('nvidia-smi') else own_memory()
   own = [sys.executable, '-m', 'benchmarks.train_step', f'--tower={flags.tower}', f'--batch={flags.batch}']
-  out = {f'ours {dtype}': ([*own, f'--serve={dtype}'], memory) for dtype in flags.dtypes}
-  out |= {f'ours {flags.dtypes[0]}, {length} positions': ([*own, f'--serve={flags.dtypes[0]}', f'--length={length}'], memory)
-          for length in flags.lengths}
+  out = {f'ours {dtype}{f", {length} positions" if length < CONTEXT else ""}':
+         ([*own, f'--serve={dtype}', f'--length={length}'], memory) for length in flags.lengths for dtype in flags.dtypes}
   if flags.full:
     out[f'ours {flags.dtypes[0]}, full objective'] = [*own, f'--serve={flags.dtypes[0]}', '--full'], memory
   if flags.open_clip:
@@ -201,7 +200,7 @@ def main() -> None:
   parser.add_argument('--batch', type=int, default=32)
   parser.add_argument('--dtypes', nargs='+', default=['float32'], help='ours')
   parser.add_argument('--peer_dtypes', nargs='+', default=['float32', 'bfloat16'], help='of open_clip')
-  parser.add_argument('--lengths', nargs='*', type=int, default=[], help='ours on texts cut to these lengths, too')
+  parser.add_argument('--lengths', nargs='+', type=int, default=[CONTEXT], help='of the texts of ours')
   parser.add_argument('--full', action='store_true')
   parser.add_argument('--rounds', type=int, default=5)
   parser.add_argument('--steps', type=int, default=2, help='of each setting in a round')

@@ -53,9 +53,15 @@ class DepthwiseConv(nn.Module):
     return convolution.depthwise_conv(x_BxHxWxC, kernel, self.stride)
 
 
-@jax.checkpoint
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-  """softmax(q kᵀ / √K + bias) v, float32 softmax: q [..., T, N, K]; k, v [..., S, N, K]; bias [..., N or 1, T, S]."""
+  """softmax(q kᵀ / √K + bias) v, float32 softmax: q [..., T, N, K]; k, v [..., S, N, K]; bias [..., N or 1, T, S].
+
+  CPUs keep the weights for the backward pass; elsewhere they are computed again, which moves fewer bytes.
+  """
+  return jax.lax.platform_dependent(q, k, v, bias, cpu=_attention, default=jax.checkpoint(_attention))
+
+
+def _attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) -> jax.Array:
   q, k, v = (jnp.swapaxes(x, -2, -3) for x in (q, k, v))   # XLA:CPU's products over heads in the middle are slow
   logits = jnp.einsum('...tk,...sk->...ts', q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
   weights = jax.nn.softmax(logits if bias is None else logits + bias, axis=-1)

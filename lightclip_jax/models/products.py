@@ -41,22 +41,24 @@ def bfloat16_product(x_NxC: jax.Array, y_CxD: jax.Array) -> jax.Array:
   That is what a CPU's matrix unit (AMX) computes, several times as fast as float32. XLA:CPU (jaxlib 0.10) uses it for products
   whose left factor lies as it is read and whose result is float32 and plain; every other one it computes in float32.
   """
-  return unfused(_times, y_CxD, x_NxC, y_CxD).astype(x_NxC.dtype)
+  return _forward(x_NxC, y_CxD)[0]
 
 
 def _forward(x_NxC: jax.Array, y_CxD: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-  return bfloat16_product(x_NxC, y_CxD), (x_NxC, y_CxD)
+  factors = x_NxC.astype(jnp.bfloat16), y_CxD.astype(jnp.bfloat16)   # here, so that the loops that make them round them
+  return unfused(_times, y_CxD, *factors).astype(x_NxC.dtype), factors
 
 
 @jax.jit   # traced once for each shape
 def _backward(factors: tuple[jax.Array, jax.Array], gradient_NxD: jax.Array) -> tuple[jax.Array, jax.Array]:
   x_NxC, y_CxD = factors
+  dtype, gradient_NxD = gradient_NxD.dtype, gradient_NxD.astype(jnp.bfloat16)
   dx_NxC = unfused(_times_transposed, y_CxD, gradient_NxD, y_CxD)
   if y_CxD.shape[0] <= y_CxD.shape[1]:   # the narrower factor is transposed
     dy_CxD = unfused(_times, y_CxD, unfused(_transposed, y_CxD, x_NxC), gradient_NxD)
   else:
     dy_CxD = unfused(_times, y_CxD, unfused(_transposed, y_CxD, gradient_NxD), x_NxC).T
-  return dx_NxC.astype(x_NxC.dtype), dy_CxD.astype(y_CxD.dtype)
+  return dx_NxC.astype(dtype), dy_CxD.astype(dtype)
 
 
 bfloat16_product.defvjp(_forward, _backward)
@@ -71,13 +73,12 @@ def _times_transposed(x_NxC: jax.Array, y_DxC: jax.Array) -> jax.Array:
 
 
 def _bfloat16_dot(x: jax.Array, y: jax.Array, axis: int) -> jax.Array:
-  return lax.dot_general(x.astype(jnp.bfloat16), y.astype(jnp.bfloat16), (((1,), (axis,)), ((), ())),
-                         preferred_element_type=jnp.float32)
+  return lax.dot_general(x, y, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def _transposed(x_NxC: jax.Array) -> jax.Array:
-  """xᵀ in bfloat16 as the product I xᵀ, which is exact; XLA:CPU's loop that transposes takes longer than such products."""
-  return _times_transposed(jnp.eye(x_NxC.shape[1]), x_NxC).astype(jnp.bfloat16)
+  """xᵀ as the product I xᵀ, which is exact; XLA:CPU's loop that transposes takes longer than such products."""
+  return _times_transposed(jnp.eye(x_NxC.shape[1], dtype=jnp.bfloat16), x_NxC).astype(jnp.bfloat16)
 
 
 def unfused(function: Callable[..., Any], number: jax.Array, *operands: jax.Array) -> Any:

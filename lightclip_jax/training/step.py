@@ -73,6 +73,17 @@ def fitting_length(tokens_BxW: np.ndarray, end_id: int, lengths: Sequence[int]) 
   return min((length for length in lengths if length >= longest), default=context)
 
 
+def update_if(good: jax.Array, update: Callable[..., Any], state: Any, *operands: Any, platform: str) -> Any:
+  """update(state, *operands) where the scalar `good` is true, the state otherwise.
+
+  A branch on CPUs, where XLA copies what both an update and a selection read: AdamW's step takes half as long. Elsewhere a
+  selection, since a GPU's host would wait for the branch's condition.
+  """
+  if platform == 'cpu':
+    return jax.lax.cond(good, update, lambda state, *_: state, state, *operands)
+  return jax.tree.map(functools.partial(jax.lax.select, good), update(state, *operands), state)
+
+
 @dataclasses.dataclass(frozen=True)
 class Trainer:
   """The parts of a step that do not change during a run."""
@@ -136,17 +147,20 @@ class Trainer:
     (loss, (metrics, statistics)), gradients = gradient_of(state.params, state, batch)
     gradients = jax.lax.with_sharding_constraint(gradients, self.places.params)
     gradient_norm = optax.tree.norm(gradients)
+    good = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
+    rate = optimizer_lib.learning_rate(self.config.optimizer, self.config.train.steps)(state.step)
+    metrics |= {'gradient_norm': gradient_norm, 'learning_rate': rate, 'skipped': 1.0 - good}
+    new = update_if(good, self._update, state, gradients, statistics, platform=self.mesh.devices.flat[0].platform)
+    return dataclasses.replace(new, step=state.step + 1), metrics
+
+  def _update(self, state: state_lib.TrainState, gradients: Any, statistics: Any) -> state_lib.TrainState:
+    """The state that has learnt from the gradients, its step not yet counted."""
     updates, optimizer_state = self.optimizer.update(gradients, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
     batch_stats = state.batch_stats
     if batch_stats:
       batch_stats = norm.update_running_statistics(batch_stats, statistics, self.config.model.batch_norm_momentum)
-    rate = optimizer_lib.learning_rate(self.config.optimizer, self.config.train.steps)(state.step)
-    good = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
-    metrics |= {'gradient_norm': gradient_norm, 'learning_rate': rate, 'skipped': 1.0 - good}
-    new = state_lib.TrainState(state.step, params, batch_stats, optimizer_state, self._average(state, params))
-    new = jax.tree.map(functools.partial(jax.lax.select, good), new, state)
-    return dataclasses.replace(new, step=state.step + 1), metrics
+    return state_lib.TrainState(state.step, params, batch_stats, optimizer_state, self._average(state, params))
 
   def loss(self, params: Any, state: state_lib.TrainState, batch: Batch) -> tuple[jax.Array, tuple[Any, Any]]:
     """The named sum over the full batch, its metrics, and the normalisation statistics of each group."""

@@ -10,6 +10,7 @@ from tiny import TINY, random_batch
 
 from lightclip_jax.errors import UserError
 from lightclip_jax.training import health
+from lightclip_jax.training import step as step_lib
 from lightclip_jax.training.step import put_batch
 
 QUICK = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}
@@ -34,6 +35,16 @@ def test_a_poisoned_batch_changes_nothing_but_the_step(trainer_of):
     assert all(np.array_equal(a, b) for (path, a), b in pairs if jax.tree_util.keystr(path) != '.step')
   _, metrics = step(state, good)
   assert metrics['skipped'] == 0 and np.isfinite(metrics['loss'])
+
+
+@pytest.mark.parametrize('platform', ['cpu', 'gpu'])
+def test_an_update_is_taken_whole_or_left(platform):
+  @jax.jit
+  def step(good, state, more):
+    return step_lib.update_if(good, lambda state, more: (state[0] + more, state[1] / more), state, more, platform=platform)
+  for good, wanted in ((True, ([2, 3, 4], 3)), (False, ([0, 1, 2], 6))):
+    counts, ratio = step(good, (np.arange(3), 6.0), 2)
+    assert (counts.tolist(), ratio) == wanted
 
 
 def test_counts_are_exact_and_travel(tmp_path, capsys):
