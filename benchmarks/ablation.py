@@ -4,9 +4,9 @@
     python -m benchmarks.ablation --out=docs/ablation.jsonl --report=docs/RESULTS.md      # tables and plot from the lines
 
 Every row is a run of `lightclip_jax.main` with some options changed; rows of one seed see the same examples in the same order,
-and start from the same parameters. A finished run is one line of JSON; one whose line is there is not made again, for this
-study or another, and one that was interrupted continues in its folder under --runs. On CPUs --jobs=N runs N side by side, each
-on its share of the cores: more a minute than one after the other on all.
+and start from the same parameters. A finished run is one line of JSON; one whose line is there is not made again for this study
+or another on the same kind of machine, and one that was interrupted continues in its folder under --runs. On CPUs --jobs=N
+runs N side by side, each on its share of the cores: more a minute than one after the other on all.
 """
 import argparse
 import collections
@@ -28,6 +28,7 @@ import matplotlib.pyplot as plt
 import tqdm
 
 Options = dict[str, Any]
+Tables = dict[tuple[str, str, str, str], dict[str, list[dict[str, Any]]]]   # size, study, tower, machine -> row -> its lines
 
 PLAIN = {'objective.contrastive.alpha.start': 0.0, 'objective.contrastive.alpha.end': 0.0}
 SOFTENED = {'objective.contrastive.alpha.start': 0.0, 'objective.contrastive.alpha.end': 0.1,
@@ -98,9 +99,16 @@ def runs(flags: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Options]]:
         yield key, {'config': f'configs/{tower}.py:{variant}', **tasks, **changes, **options, 'train.seed': seed}
 
 
-def identity(size: str, tower: str, options: Options) -> str:
-  """What tells a run from all others, whichever study asks for it."""
-  return json.dumps([size, tower, {name: value for name, value in options.items() if name != 'config'}], sort_keys=True)
+def identity(size: str, tower: str, where: str, options: Options) -> str:
+  """What tells a run from all others, whichever study asks for it. Another processor rounds otherwise, as if of another seed."""
+  return json.dumps([size, tower, where, {name: value for name, value in options.items() if name != 'config'}], sort_keys=True)
+
+
+def machine(cores: int) -> str:
+  """The processor, and how many of its cores a run has."""
+  lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines() if sys.platform == 'linux' else []
+  names = (line.partition(': ')[2] for line in lines if line.startswith('model name'))
+  return f'{next(names, platform.machine())}, {cores} core{"s" * (cores > 1)}'
 
 
 def run(key: dict[str, Any], options: Options, folder: pathlib.Path, cores: Sequence[int]) -> dict[str, Any]:
@@ -121,8 +129,7 @@ def run(key: dict[str, Any], options: Options, folder: pathlib.Path, cores: Sequ
   rates = [row['train/examples_per_second'] for row in log if 'train/examples_per_second' in row]
   results = json.loads((workdir / 'results.json').read_text())
   commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], text=True, capture_output=True).stdout.strip()
-  machine = f'{platform.machine()}, {len(cores or os.sched_getaffinity(0))} core(s)'
-  return {**key, 'options': options, 'commit': commit, 'machine': machine,
+  return {**key, 'options': options, 'commit': commit, 'machine': machine(len(cores or os.sched_getaffinity(0))),
           'command': ' '.join(command[1:4]), 'steps': results['step'], 'seconds': time.monotonic() - begun,
           'examples_per_second': statistics.median(rates), 'parameters': _parameters(said),
           'peak_gigabytes': usage.ru_maxrss * 1024 / 1e9,
@@ -144,30 +151,31 @@ def report(lines: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
   _plot(tables, path.with_name('ablation.svg'))
 
 
-def _tables(lines: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], dict[str, list[dict[str, Any]]]]:
-  """(size, study, tower) -> row -> its lines; without the studies that show no run beside those shown before."""
-  made = {identity(line['size'], line['tower'], line['options']): line for line in lines}
+def _tables(lines: Sequence[dict[str, Any]]) -> Tables:
+  """Without the studies that show no run beside those shown before."""
+  made = {identity(line['size'], line['tower'], line['machine'], line['options']): line for line in lines}
   seeds = 1 + max((line['seed'] for line in lines), default=0)
   tables, shown = {}, set()
-  for (size, tower), study in itertools.product(dict.fromkeys((line['size'], line['tower']) for line in lines), STUDIES):
+  places = dict.fromkeys((line['size'], line['tower'], line['machine']) for line in lines)
+  for (size, tower, where), study in itertools.product(places, STUDIES):
     rows, names = collections.defaultdict(list), set()
     for key, options in runs(argparse.Namespace(size=size, study=study, rows=None, towers=[tower], seeds=seeds)):
-      if (name := identity(size, tower, options)) in made:
+      if (name := identity(size, tower, where, options)) in made:
         rows[key['row']].append(made[name])
         names.add(name)
     if names - shown:
-      tables[size, study, tower] = {row: rows[row] for row in STUDIES[study] if row in rows}
+      tables[size, study, tower, where] = {row: rows[row] for row in STUDIES[study] if row in rows}
       shown |= names
   for name in made.keys() - shown:
     print(f'in no study now: {name}', file=sys.stderr)
   return tables
 
 
-def _table(name: tuple[str, str, str], rows: dict[str, list[dict[str, Any]]]) -> str:
-  size, study, tower = name
+def _table(name: tuple[str, str, str, str], rows: dict[str, list[dict[str, Any]]]) -> str:
+  size, study, tower, where = name
   every = [run for found in rows.values() for run in found]
   metrics = {title: metric for title, metric in SHOWN.items() if all(metric in run['metrics'] for run in every)}
-  out = [f'\n### {study}, {tower}, {size}', '',
+  out = [f'\n### {study}, {tower}, {size}, {where}', '',
          f'`python -m benchmarks.ablation --size={size} --study={study} --towers {tower} --out=docs/ablation.jsonl`; percent, '
          'mean ± standard deviation over seeds.', '', f'| row | seeds | {" | ".join(metrics)} | pairs/s | GB |',
          '|---' * (len(metrics) + 4) + '|']
@@ -176,8 +184,8 @@ def _table(name: tuple[str, str, str], rows: dict[str, list[dict[str, Any]]]) ->
     rate, peak = (statistics.median(run[what] for run in found) for what in ('examples_per_second', 'peak_gigabytes'))
     out.append(f'| {row} | {len(found)} | {" | ".join(values)} | {rate:.0f} | {peak:.1f} |')
   out += _differences(rows, metrics)
-  told = ('; '.join(sorted({run[what] for run in every})) for what in ('machine', 'parameters'))
-  return '\n'.join([*out, '', f'{"; ".join(told)}; commit {", ".join(sorted({run["commit"] for run in every}))}.', ''])
+  told = '; '.join(sorted({run['parameters'] for run in every}))
+  return '\n'.join([*out, '', f'{told}; commit {", ".join(sorted({run["commit"] for run in every}))}.', ''])
 
 
 def _differences(rows: dict[str, list[dict[str, Any]]], metrics: dict[str, str]) -> list[str]:
@@ -200,7 +208,7 @@ def _spread(values: Sequence[float], sign: str = '') -> str:
   return f'{statistics.mean(values):{sign}.1f}' + (f' ± {statistics.stdev(values):.1f}' if len(values) > 1 else '')
 
 
-def _plot(tables: dict[tuple[str, str, str], dict[str, list[dict[str, Any]]]], path: pathlib.Path) -> None:
+def _plot(tables: Tables, path: pathlib.Path) -> None:
   """Retrieval of every row, a dot a seed, and the first seed's contrastive loss against steps."""
   figure, axes = plt.subplots(len(tables), 2, figsize=(10, 1 + 2.2 * len(tables)), squeeze=False, layout='constrained')
   for (dots, curves), (name, rows) in zip(axes, tables.items(), strict=True):
@@ -234,8 +242,9 @@ def main() -> None:
   if flags.report:
     report(lines, flags.report)
     return
-  done = {identity(line['size'], line['tower'], line['options']) for line in lines}
-  missing = [(key, options) for key, options in runs(flags) if identity(flags.size, key['tower'], options) not in done]
+  done = {identity(line['size'], line['tower'], line['machine'], line['options']) for line in lines}
+  here = machine(max(1, len(os.sched_getaffinity(0)) // flags.jobs))
+  missing = [(key, options) for key, options in runs(flags) if identity(flags.size, key['tower'], here, options) not in done]
   flags.runs.mkdir(parents=True, exist_ok=True)
   for line in side_by_side(missing, flags.runs, flags.jobs):
     with flags.out.open('a') as file:
@@ -249,9 +258,9 @@ def side_by_side(pairs: Sequence[tuple[dict[str, Any], Options]], folder: pathli
     def begin(cores: Sequence[int]) -> dict[concurrent.futures.Future, Sequence[int]]:
       return {pool.submit(run, *pair, folder, cores): cores for pair in itertools.islice(waiting, 1)}
 
-    running = {}
+    running, cores = {}, sorted(os.sched_getaffinity(0))
     for job in range(jobs):
-      running |= begin(sorted(os.sched_getaffinity(0))[job::jobs] if jobs > 1 else ())
+      running |= begin(cores[job::jobs][:max(1, len(cores) // jobs)] if jobs > 1 else ())
     while running:
       for done in concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED).done:
         yield done.result()

@@ -62,8 +62,9 @@ def test_what_is_recorded_is_not_run_again(tmp_path, monkeypatch):
   made = []
   def run(key, options, folder, cores):
     made.append(key)
-    return {**key, 'options': options, 'metrics': {}}
+    return {**key, 'options': options, 'machine': ablation.machine(1), 'metrics': {}}
   monkeypatch.setattr(ablation, 'run', run)
+  monkeypatch.setattr('os.sched_getaffinity', lambda process: {5})
   out = tmp_path / 'a.jsonl'
   monkeypatch.setattr('sys.argv', ['ablation', f'--out={out}', f'--runs={tmp_path / "runs"}', '--seeds=1'])
   ablation.main()
@@ -74,6 +75,9 @@ def test_what_is_recorded_is_not_run_again(tmp_path, monkeypatch):
   monkeypatch.setattr('sys.argv', [*sys.argv, '--study=matching', '--rows', 'CLIP', '+ matching', 'kind max'])
   ablation.main()
   assert [key['row'] for key in made[8:]] == ['kind max'], 'another study has those runs'
+  monkeypatch.setattr('os.sched_getaffinity', lambda process: {5, 6})
+  ablation.main()
+  assert len(made) == 9 + 3, 'two cores are another machine'
 
 
 def test_a_run_that_fails_ends_those_that_wait(tmp_path, monkeypatch):
@@ -97,11 +101,13 @@ def test_the_report_has_mean_and_deviation(tmp_path):
                       'commit': 'abc', 'machine': 'm', 'curve': [(1, 3.0), (2, 2.0)],
                       'metrics': {'eval/heldout_style/concept_top1': wanted[key['row']][key['seed']]}})
   page.write_text('# Results\n\nwords\n\n## Tables\nold\n')
+  lines.append(lines[0] | {'machine': 'another'})
   ablation.report([json.loads(json.dumps(line)) for line in reversed(lines)], page)
   text = page.read_text()
   assert 'words' in text and 'old' not in text and (tmp_path / 'ablation.svg').exists()
-  rows, row_of_another = text.split('### text, mbv2, cpu')
+  rows, row_of_another = text.split('### text, mbv2, cpu, m\n')
   assert '| CLIP | 3 | 20.0 ± 10.0 | 100 | 1.5 |' in rows and '| all three | 3 | 60.0 ± 17.3 | 100 | 1.5 |' in rows
   assert '| all three | +40.0 ± 10.0 |' in rows, 'differences of equal seeds: 40, 30 and 50'
   assert '| CLIP | 3 | 20.0 ± 10.0 |' in row_of_another and '| depth 4 | +30.0 |' in row_of_another, 'the same runs'
-  assert text.count('### ') == 2, 'studies without a run of their own are left out'
+  assert text.count('### ') == 3, 'studies without a run of their own are left out'
+  assert text.count(f'| {lines[-1]["row"]} | 1 |') == 1, 'what ran on another machine has a table of its own'
