@@ -8,6 +8,7 @@ from lightclip_jax import storage
 from lightclip_jax.errors import UserError
 
 _LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_WRONG_PATH = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EACCES, errno.EPERM)
 
 
 def run(main: Callable[[], int | None], debug: bool = False) -> int:
@@ -20,9 +21,12 @@ def run(main: Callable[[], int | None], debug: bool = False) -> int:
     print(f'error: {error}', file=sys.stderr)
     return 2
   except OSError as error:
+    named = _named(error)
+    if not debug and named.errno in _WRONG_PATH and named.filename:
+      print(f'error: {named.strerror}: {named.filename!r}; give another path', file=sys.stderr)
+      return 2
     if debug or not (error.errno in _LASTING or storage.passes(error)):
       raise
-    named = _named(error)
     where = named.filename or 'a file that is open'
     first = 'make room, and' if named.errno in _LASTING else 'when it answers again,'
     print(f'error: {named.strerror or named}: {where}; {first} start the same command again', file=sys.stderr)

@@ -16,6 +16,7 @@ import simplejpeg
 from lightclip_jax.data.faults import BadRecord
 
 MAX_PIXELS = 1 << 26
+LONGEST = 16                  # times its width: of a picture that is higher, or as much wider, the ends are not resized
 GRID = 2                      # cells along each side of a mosaic
 BLACK = cv2.imencode('.png', np.zeros((8, 8, 3), np.uint8))[1].tobytes()   # in the place of an image that cannot be read
 _JPEG, _PNG = b'\xff\xd8', b'\x89PNG\r\n\x1a\n'
@@ -227,7 +228,13 @@ def color_jitter(image_HxWx3: np.ndarray, rng: np.random.Generator, strength: fl
 
 
 def evaluation_transform(image_HxWx3: np.ndarray, size: int) -> np.ndarray:
-  """OpenAI CLIP's: the shorter side resized to `size` (bicubic, antialiased), then the centre; uint8 [S, S, 3]."""
+  """OpenAI CLIP's: the shorter side resized to `size` (bicubic, antialiased), then the centre; uint8 [S, S, 3].
+
+  Of a picture that is far longer than wide only the middle is resized: the whole of a line of pixels would take gigabytes.
+  """
+  height, width = image_HxWx3.shape[:2]
+  top, left = max(0, (height - LONGEST * width) // 2), max(0, (width - LONGEST * height) // 2)
+  image_HxWx3 = image_HxWx3[top:height - top, left:width - left]
   height, width = image_HxWx3.shape[:2]
   if (height, width) != (size, size):
     # torchvision's Resize, which CLIP uses, rounds the longer side down.

@@ -71,13 +71,15 @@ def sweep(train: tuple[np.ndarray, np.ndarray], validation: tuple[np.ndarray, np
           classes: int) -> tuple[np.ndarray, float]:
   """(weights, strength): the strength that is best on the validation images, fitted again on all images.
 
-  Each strength starts at the solution of the one before, the strongest regularisation first. Of equal accuracies the
+  Without validation images the strength is scikit-learn's default, 1. Each strength starts at the solution of the one before, the strongest regularisation first. Of equal accuracies the
   stronger regularisation is taken.
 
   Args:
     train, validation: features [N, D] and labels [N].
     classes: C.
   """
+  if not len(validation[1]):
+    return logistic_regression(*train, classes, 1.0), 1.0
   weights, best = None, (-1.0, STRENGTHS[0], None)
   for strength in STRENGTHS:
     weights = logistic_regression(*train, classes, strength, start=weights, iterations=200)
@@ -89,13 +91,13 @@ def sweep(train: tuple[np.ndarray, np.ndarray], validation: tuple[np.ndarray, np
 
 
 def split_off(labels_N: np.ndarray, share: float = 0.2, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-  """Indices (kept, split off): of every class the same share, rounded down; a class of one image keeps it."""
+  """Indices (kept, split off): of every class the same share, rounded down, but at least one; a class of one image keeps it."""
   rng = np.random.default_rng(seed)
   order = rng.permutation(len(labels_N))
   place = np.empty(len(labels_N), int)
   for label in np.unique(labels_N):
     mine = order[labels_N[order] == label]
-    place[mine] = np.arange(len(mine)) - int(share * len(mine))
+    place[mine] = np.arange(len(mine)) - min(max(1, int(share * len(mine))), len(mine) - 1)
   return np.flatnonzero(place >= 0), np.flatnonzero(place < 0)
 
 

@@ -36,8 +36,7 @@ def export(loaded: checkpoint.Loaded, kind: str, out: pathlib.Path, *, data: pat
   for flag, given in (('--int8', int8), ('--tokens', tokens)):
     if given and kind != 'onnx':
       raise UserError(f'{flag} is for --format=onnx, not for {kind}')
-  if out.exists() and (not out.is_dir() or any(out.iterdir()) and not (out / exported.MODEL_FILE).is_file()):
-    raise UserError(f'{str(out)!r} holds something else; give a new folder')
+  _check_folder(out, kind, int8)
   out.mkdir(parents=True, exist_ok=True)
   towers = towers_lib.from_checkpoint(loaded)
   inputs = verify.noise(towers)
@@ -68,6 +67,18 @@ def export(loaded: checkpoint.Loaded, kind: str, out: pathlib.Path, *, data: pat
     models[-1] = models[-1][0]
   if kind == 'onnx':
     yield from _comparison(models, out, asked)
+
+
+def _check_folder(out: pathlib.Path, kind: str, int8: bool) -> None:
+  """Raises UserError for a folder of which something would stay that is not of this export."""
+  if not out.exists():
+    return
+  if not out.is_dir() or any(out.iterdir()) and not (out / exported.MODEL_FILE).is_file():
+    raise UserError(f'{str(out)!r} holds something else; give a new folder')
+  if any(out.iterdir()) and f'"format": "{kind}"' not in (out / exported.MODEL_FILE).read_text(encoding='utf-8'):
+    raise UserError(f'{str(out)!r} holds an export in another format than {kind}; give a new folder')
+  if (out / 'int8').exists() and not int8:
+    raise UserError(f'{str(out / "int8")!r} is of an earlier export; give --int8 again, or a new folder')
 
 
 def _in_open_clip(out: pathlib.Path, about: dict[str, Any], model: model_lib.Model, inputs: verify.Inputs,

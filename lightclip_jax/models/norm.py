@@ -33,7 +33,7 @@ def group_count(policy: str, batch: int, local_groups: int = 1) -> int:
       raise UserError(f"a batch of {batch} does not divide into the {local_groups} groups of batch_norm 'local'")
     return local_groups
   kind, _, size = policy.partition(':')
-  if kind != 'group' or not size.isdigit() or int(size) == 0:
+  if kind != 'group' or not size.isdecimal() or int(size) == 0:
     raise UserError(f"batch_norm is {policy!r}; it can be 'group:N' with N of at least 1, 'global' or 'local'")
   if batch % int(size):
     raise UserError(f'a batch of {batch} is not a multiple of the {size} examples of batch_norm {policy!r}')

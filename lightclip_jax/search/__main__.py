@@ -94,6 +94,7 @@ def _query(args: argparse.Namespace) -> None:
   if args.json:
     print(json.dumps(answers, indent=2))
   else:
+    sys.stdout.reconfigure(errors='surrogateescape')   # names of files need not be UTF-8
     print(''.join(f'{answer["cosine"]:.4f}  {answer["path"]}\n' for answer in answers), end='')
 
 

@@ -1,6 +1,7 @@
 """What must fit together before a run starts. Each failure is one line that names the value and what would be right."""
 import dataclasses
 import json
+import operator
 from typing import Any
 
 import jax
@@ -40,7 +41,7 @@ def check_batch(config: config_lib.Config, shards: int) -> None:
 def _group(batch_norm: str) -> int:
   """N of 'group:N'; 1 for the kinds without groups."""
   kind, _, size = batch_norm.partition(':')
-  if kind == 'group' and size.isdigit():
+  if kind == 'group' and size.isdecimal():
     return int(size)
   if batch_norm in ('global', 'local'):
     return 1
@@ -93,15 +94,38 @@ def check_steps(config: config_lib.Config) -> None:
   Raises:
     UserError: naming the first that is not.
   """
-  for name, value in (('train.steps', config.train.steps), ('train.log_every', config.train.log_every),
-                      ('train.max_skipped', config.train.max_skipped),
-                      ('evaluation.batch_size', config.evaluation.batch_size), ('checkpoint.keep', config.checkpoint.keep)):
-    if value < 1:
-      raise UserError(f'{name} is {value}; it must be at least 1')
+  _at_least(config, 1, 'train.steps', 'train.log_every', 'train.max_skipped', 'evaluation.batch_size', 'checkpoint.keep',
+            'data.prefetch')
+  _at_least(config, 0, 'train.seed', 'data.max_masked', 'evaluation.every_steps', 'checkpoint.every_steps')
+  for name in ('crop_scale', 'crop_ratio'):
+    low, high = getattr(config.data, name)
+    if not 0 < low <= high:
+      raise UserError(f'data.{name} is ({low}, {high}); it must be two numbers above 0, the smaller one first')
   for length in config.train.text_lengths:
     if not 2 <= length <= config.model.text.context:
       raise UserError(f'train.text_lengths has {length}; a text has 2 to model.text.context {config.model.text.context} '
                       'positions')
+
+
+def check_model(model: config_lib.Model) -> None:
+  """Sizes that must be positive.
+
+  Raises:
+    UserError: naming the first that is not.
+  """
+  _at_least(model, 1, 'embed_dim', 'token_dim', 'text.width', 'text.heads', 'text.depth', 'text.vocab_size', 'fusion.heads',
+            prefix='model.')
+  _at_least(model, 2, 'text.context', prefix='model.')
+  if not model.logit_scale_init > 0:
+    raise UserError(f'model.logit_scale_init is {model.logit_scale_init}; it must be above 0')
+  if len(set(model.fusion.stages)) < len(model.fusion.stages):
+    raise UserError(f'model.fusion.stages is {model.fusion.stages}; each pair can be there once')
+
+
+def _at_least(config: Any, least: int, *names: str, prefix: str = '') -> None:
+  for name in names:
+    if (value := operator.attrgetter(name)(config)) < least:
+      raise UserError(f'{prefix}{name} is {value}; it must be at least {least}')
 
 
 def claim_workdir(workdir: storage.Path, config: config_lib.Config) -> None:
@@ -110,23 +134,29 @@ def claim_workdir(workdir: storage.Path, config: config_lib.Config) -> None:
   Raises:
     UserError: if the workdir belongs to a run with another config; the first differing options are named.
   """
-  path = workdir / 'config.json'
-  values, defaults = dataclasses.asdict(config), _flat(dataclasses.asdict(config_lib.Config()))
-  if path.exists():   # an option that is younger than the run had its default
-    try:
-      before = defaults | _flat(json.loads(path.read_text()))
-    except ValueError as error:
-      raise UserError(f'{str(path)!r} is not JSON ({error}); use another --workdir') from error
-    now = _flat(json.loads(json.dumps(values)))
-    names = [name for name in sorted(before.keys() | now.keys()) if not _is_free(name)]
-    differing = [name for name in names if before.get(name) != now.get(name)]
-    if differing:
-      shown = ', '.join(f'{name} {before.get(name)!r} there, {now.get(name)!r} here' for name in differing[:3])
-      raise UserError(f'{str(workdir)!r} holds a run with another config ({shown}); use another --workdir')
+  is_claimed(workdir, config)
   if jax.process_index() > 0:
     return
   workdir.mkdir(parents=True, exist_ok=True)
-  storage.write_text(path, json.dumps(values, indent=2) + '\n')
+  storage.write_text(workdir / 'config.json', json.dumps(dataclasses.asdict(config), indent=2) + '\n')
+
+
+def is_claimed(workdir: storage.Path, config: config_lib.Config) -> bool:
+  """Whether the workdir holds this run already. Raises UserError where it holds another."""
+  path, defaults = workdir / 'config.json', _flat(dataclasses.asdict(config_lib.Config()))
+  if not path.exists():
+    return False
+  try:
+    before = defaults | _flat(json.loads(path.read_text()))   # an option that is younger than the run had its default
+  except ValueError as error:
+    raise UserError(f'{str(path)!r} is not JSON ({error}); use another --workdir') from error
+  now = _flat(json.loads(json.dumps(dataclasses.asdict(config))))
+  names = [name for name in sorted(before.keys() | now.keys()) if not _is_free(name)]
+  differing = [name for name in names if before.get(name) != now.get(name)]
+  if differing:
+    shown = ', '.join(f'{name} {before.get(name)!r} there, {now.get(name)!r} here' for name in differing[:3])
+    raise UserError(f'{str(workdir)!r} holds a run with another config ({shown}); use another --workdir')
+  return True
 
 
 def _is_free(name: str) -> bool:

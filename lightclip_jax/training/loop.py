@@ -67,14 +67,14 @@ class Run:
     distils = self._trainer.objective.needs_teacher
     if distils:
       checks.check_teacher(config, teacher.Teacher(folder).dim)
-    if not workdir.exists():   # a run that continues needs these files no more
+    if not checks.is_claimed(workdir, config):   # a run that continues needs these files no more
       initialise.check(config, self._abstract)
-    checks.claim_workdir(workdir, config)
     self._evaluator = evaluator.Evaluator(config, folder, self._tokenizer, self._mesh, workdir)
     self._batches = pipeline.train_batches(
         folder, config.data, image_size=config.model.image.size, context=config.model.text.context,
         batch_size=config.train.batch_size, seed=config.train.seed, process_index=jax.process_index(),
         process_count=jax.process_count(), with_teacher=distils)
+    checks.claim_workdir(workdir, config)   # last: the next attempt may have another config
     self._checkpointer = checkpoint_lib.Checkpointer(workdir, config.checkpoint)
     self.watchdog = health.Watchdog(workdir, config.train.watchdog_minutes, config.train.watchdog_exit)
     self._pending: tuple[dict[str, jax.Array], np.ndarray] | None = None   # metrics and example ids of the last step
@@ -111,7 +111,10 @@ class Run:
       with self.watchdog.waiting_for('the other processes'):
         stop, late, evaluate = distributed.agree(
             self.step, self._stop.requested, self._checkpointer.late, self._evaluation_is_late)
-      if (evaluate or self.step % self.config.evaluation.every_steps == 0) and self.step < total:
+      if self.step == total:   # it is saved below, with its score
+        break
+      every = self.config.evaluation.every_steps
+      if evaluate or (every and self.step % every == 0):
         self._evaluate()
       if late or self._checkpointer.due(self.step) or self._scored:
         self._save()

@@ -101,6 +101,7 @@ class Trainer:
       UserError: for a batch that does not divide into devices, micro-batches and groups: a group across devices would be
         another set of examples than it says.
     """
+    checks.check_model(config.model)
     checks.check_batch(config, sharding.batch_shards(mesh))
     objective = Objective.from_config(config.objective, mesh=mesh, axes=sharding.BATCH_AXES)
     optimizer = optimizer_lib.make_optimizer(config.optimizer, config.train.steps)

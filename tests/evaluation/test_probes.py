@@ -85,10 +85,22 @@ def test_class_means_and_shots(data):
 
 
 def test_a_fifth_of_each_class_is_split_off():
-  labels = np.repeat([0, 1, 2], [50, 10, 1])
+  labels = np.repeat([0, 1, 2, 3, 4], [50, 10, 1, 2, 4])
   kept, off = probes.split_off(labels)
-  assert sorted([*kept, *off]) == list(range(61))
-  np.testing.assert_array_equal(np.bincount(labels[off], minlength=3), [10, 2, 0])
+  assert sorted([*kept, *off]) == list(range(67))
+  np.testing.assert_array_equal(np.bincount(labels[off]), [10, 2, 0, 1, 1])
+
+
+@pytest.mark.parametrize('count', [1, 2, 3])
+def test_few_images_a_class_choose_a_regularisation(count):
+  rng = np.random.default_rng(0)
+  centres = rng.normal(size=(30, 64)) / 8
+  labels = np.repeat(np.arange(30), count)
+  x = centres[labels] + rng.normal(size=(len(labels), 64)) / 40
+  kept, off = probes.split_off(labels)
+  weights, strength = probes.sweep((x[kept], labels[kept]), (x[off], labels[off]), 30)
+  assert strength == 1 if count == 1 else len(off) == 30
+  assert np.mean(probes.scores(weights, x).argmax(axis=1) == labels) > 0.9
 
 
 def test_accuracies_are_scikit_learns(data):

@@ -79,9 +79,24 @@ def test_batches_that_do_not_divide(changes, shards, parts):
   assert all(part in str(error.value) for part in parts), error.value
 
 
+@pytest.mark.parametrize('changes, words', [
+  (dict(text=dict(heads=0)), 'model.text.heads is 0; it must be at least 1'),
+  (dict(logit_scale_init=0.0), 'model.logit_scale_init is 0.0; it must be above 0'),
+  (dict(fusion=dict(stages=((3, 1), (3, 1)))), 'each pair can be there once'),
+  (dict(batch_norm='group:²'), "'group:²'"),
+])
+def test_model_sizes_must_be_positive(changes, words):
+  with pytest.raises(UserError, match=words):
+    Trainer.create(config_lib.replace(TINY, model=changes), sharding.make_mesh(TINY.mesh, jax.devices()[:1]))
+
+
 def test_counts_must_be_positive():
   with pytest.raises(UserError, match='train.steps is 0'):
     checks.check_steps(config_lib.replace(TINY, train=dict(steps=0)))
+  with pytest.raises(UserError, match='train.seed is -1; it must be at least 0'):
+    checks.check_steps(config_lib.replace(TINY, train=dict(seed=-1)))
+  with pytest.raises(UserError, match=r'data.crop_ratio is \(0.0, 1.0\)'):
+    checks.check_steps(config_lib.replace(TINY, data=dict(crop_ratio=(0.0, 1.0))))
 
 
 def test_a_full_disk_is_one_line(tmp_path, capsys):
@@ -99,9 +114,16 @@ def test_a_full_disk_is_one_line(tmp_path, capsys):
   assert str(tmp_path / 'run') in said and said.count('\n') == 1
   with pytest.raises(ValueError, match='another'), keeper._failures_by_name():
     raise ValueError('another error')
-  with pytest.raises(PermissionError):   # not about room
-    cli.run(lambda: (_ for _ in ()).throw(PermissionError(13, 'no', 'f')))
+  with pytest.raises(FileNotFoundError):   # not about room
+    cli.run(lambda: (_ for _ in ()).throw(FileNotFoundError(2, 'no', 'f')))
   keeper.close()
+
+
+def test_a_path_that_cannot_be_written_is_one_line(tmp_path, capsys):
+  (tmp_path / 'file').write_text('')
+  for path, words in ((tmp_path, 'Is a directory'), (tmp_path / 'file/x', 'Not a directory')):
+    assert cli.run(lambda path=path: path.write_text('x') and 0) == 2
+    assert capsys.readouterr().err == f'error: {words}: {str(path)!r}; give another path\n'
 
 
 def test_no_split_to_evaluate_is_said_at_the_start(tmp_path):

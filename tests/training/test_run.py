@@ -63,8 +63,9 @@ def arrays_of(workdir):
 @pytest.mark.slow
 def test_a_run_that_is_killed_and_stopped_continues_bit_for_bit(tmp_path, environment):
   whole, broken = tmp_path / 'whole', tmp_path / 'broken run'   # a blank in the path is no trouble
-  done = finish(whole, environment)
+  done = finish(whole, environment, '--config.checkpoint.best=eval/heldout_style/concept_top1')
   assert done.returncode == 0, done.stderr
+  assert (whole / f'checkpoints/{STEPS}/metrics').exists(), 'the last step may be the best, also where a save is due'
   assert 'heldout_style/concept_top1' in done.stdout and (whole / 'report' / 'index.html').stat().st_size > 10_000
 
   assert stop_at(broken, environment, 7, signal.SIGKILL)[0] == -signal.SIGKILL
@@ -104,6 +105,10 @@ def test_a_run_that_is_killed_and_stopped_continues_bit_for_bit(tmp_path, enviro
     (['--config.model.image.size=36'], ['36', '32', '40']),
     (['--config.model.text.vocab_size=99'], ['99', '45']),
     (['--config.mesh.data=3'], ['3', '1 devices']),
+    (['--config.model.text.heads=0'], ['model.text.heads is 0', 'at least 1']),
+    (['--config.data.prefetch=0'], ['data.prefetch is 0', 'at least 1']),
+    (['--config.data.mosaic=2.0'], ['data.mosaic is 2.0']),   # found late, when batches are to be made
+    (['--config.init.image=/no/such.safetensors'], ['/no/such.safetensors']),
     (['now'], ["'now'"]),
 ])
 def test_bad_input_is_one_line(tmp_path, environment, arguments, parts):
