@@ -29,11 +29,14 @@ def find(environment: Mapping[str, str]) -> dict[str, Any] | None:
   whose hosts JAX itself finds (no arguments).
 
   Raises:
-    UserError: if some of the three are set and others not, or one is not a number that fits.
+    UserError: if some of the three are set and others not, or one is not a number that fits; in a job of several tasks without
+      srun.
   """
   if any(name in environment for name in _PLAIN):
     return _plain(environment)
   if int(environment.get('SLURM_NTASKS', 1)) > 1 and 'SLURM_PROCID' in environment:
+    if 'SLURM_STEP_NODELIST' not in environment:   # the batch script itself
+      raise UserError(f'SLURM_NTASKS is {environment["SLURM_NTASKS"]}, but this is no process of srun; use srun python …')
     first = _first_node(environment['SLURM_STEP_NODELIST'])
     return dict(coordinator_address=f'{first}:{_PORT + int(environment["SLURM_JOB_ID"]) % 4096}',
                 num_processes=int(environment['SLURM_NTASKS']), process_id=int(environment['SLURM_PROCID']))

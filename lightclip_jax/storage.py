@@ -28,7 +28,7 @@ WAITS = (1.0, 2.0, 4.0, 8.0)   # seconds between attempts: together less than th
 
 
 def path(name: str | os.PathLike[str]) -> Path:
-  """A local path, or one in a bucket with the same methods.
+  """A local path (~ is the home folder), or one in a bucket with the same methods.
 
   Raises:
     UserError: for another kind of bucket than gs://, or without the package that reaches it.
@@ -36,7 +36,7 @@ def path(name: str | os.PathLike[str]) -> Path:
   text = os.fspath(name)
   scheme, separator, _ = text.partition('://')
   if not separator:
-    return pathlib.Path(text)
+    return pathlib.Path(os.path.expanduser(text))   # shells leave the ~ of --workdir=~/x alone
   if scheme != 'gs':
     raise UserError(f'{text!r}: only gs:// buckets are read and written (checkpoints and records know no other); mount a '
                     f'{scheme}:// bucket as a disk (docs/SCALE.md)')

@@ -39,6 +39,11 @@ def test_the_first_node_of_a_list(nodes, first):
   assert distributed.find(SLURM | dict(SLURM_STEP_NODELIST=nodes))['coordinator_address'].startswith(f'{first}:')
 
 
+def test_a_job_of_several_tasks_needs_srun():
+  with pytest.raises(UserError, match='SLURM_NTASKS is 2, .*srun'):
+    distributed.find({name: value for name, value in SLURM.items() if name != 'SLURM_STEP_NODELIST'})
+
+
 @pytest.mark.parametrize('changes, part', [
     (dict(JAX_PROCESS_ID=''), 'JAX_PROCESS_ID is not set'), (dict(JAX_PROCESS_ID='4'), "'4'"),
     (dict(JAX_NUM_PROCESSES='two'), "'two'"), (dict(JAX_COORDINATOR_ADDRESS='host'), 'HOST:PORT')])

@@ -34,7 +34,9 @@ def bucket():
   server.server_close()
 
 
-def test_paths(tmp_path):
+def test_paths(tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  assert storage.path('~/runs') == tmp_path / 'runs'
   assert storage.path(str(tmp_path)) == tmp_path and not storage.in_bucket(tmp_path)
   path = storage.path('gs://clip/a b/c')
   assert storage.in_bucket(path) and str(storage.absolute(path)) == str(storage.path(path)) == 'gs://clip/a b/c'

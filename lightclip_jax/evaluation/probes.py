@@ -71,8 +71,8 @@ def sweep(train: tuple[np.ndarray, np.ndarray], validation: tuple[np.ndarray, np
           classes: int) -> tuple[np.ndarray, float]:
   """(weights, strength): the strength that is best on the validation images, fitted again on all images.
 
-  Without validation images the strength is scikit-learn's default, 1. Each strength starts at the solution of the one before, the strongest regularisation first. Of equal accuracies the
-  stronger regularisation is taken.
+  Each strength starts at the solution of the one before, the strongest regularisation first. Of equal accuracies the
+  stronger regularisation is taken. Without validation images it is 1, as in scikit-learn.
 
   Args:
     train, validation: features [N, D] and labels [N].

@@ -192,8 +192,8 @@ def test_shapes_and_the_pixel_cap_are_read_from_headers(kind):
 def test_the_middle_of_a_long_picture_is_enough(shape):
   image = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
   got = transforms.evaluation_transform(image, 16)
-  scale = 16 / min(shape)
-  whole = np.asarray(PIL.Image.fromarray(image).resize((int(shape[1] * scale), int(shape[0] * scale)), PIL.Image.Resampling.BICUBIC))
+  sides = [int(side * 16 / min(shape)) for side in shape]
+  whole = np.asarray(PIL.Image.fromarray(image).resize(sides[::-1], PIL.Image.Resampling.BICUBIC))
   top, left = (round((side - 16) / 2) for side in whole.shape[:2])
   assert got.shape == (16, 16, 3)
   assert np.abs(got.astype(int) - whole[top:top + 16, left:left + 16]).max() <= (0 if max(shape) <= 16 * min(shape) else 12)
