@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import pickle
+import shutil
 import tarfile
 import threading
 
@@ -73,6 +74,23 @@ def test_records_are_what_was_written(made, kind):
   assert len({source.name(i) for i in range(COUNT)}) == COUNT
   again = pickle.loads(pickle.dumps(source))
   assert again.fingerprint == source.fingerprint and again[COUNT - 1] == source[COUNT - 1]
+
+
+def test_a_worker_of_a_folder_whose_list_is_gone(tmp_path):
+  images = tmp_path / 'in'
+  images.mkdir()
+  source_files.write_folder(images, source_files.pairs(3))
+  spec = sources.Spec('folder', str(images), index=str(tmp_path / 'index'))
+  first = sources.SOURCES['folder'](spec)
+  worker = pickle.dumps(first)
+  shutil.rmtree(tmp_path / 'index')
+  assert len(pickle.loads(worker)) == 3
+  (images / 'new.jpg').write_bytes(source_files.jpeg(9))
+  assert len(sources.SOURCES['folder'](spec)) == 4   # deletes the older list
+  with pytest.raises(UserError, match=f"'{images}' has changed while it was read; start again"):
+    len(pickle.loads(worker))
+  (images / 'new.jpg').unlink()
+  assert len(sources.SOURCES['folder'](spec)) == 3
 
 
 @pytest.mark.parametrize('kind', [*source_files.WRITERS, 'mixture'])

@@ -1,4 +1,5 @@
 """A folder of images, each with its captions beside it: NAME.jpg and NAME.txt (one caption a line) or NAME.json."""
+import functools
 import os
 from typing import Any, SupportsIndex
 
@@ -15,14 +16,36 @@ class FolderSource:
   """Images in the order of their names, subfolders included; the list is made anew by every run."""
 
   def __init__(self, spec: Spec, fingerprint: str = ''):
-    """`fingerprint`: of a list that is stored already (for workers). Raises UserError without images."""
+    """
+    Args:
+      spec: where the folder is.
+      fingerprint: of a list that another process has stored (for workers).
+
+    Raises:
+      UserError: without images. What a worker finds wrong is raised when it reads.
+    """
     self.spec = spec
     self._folder = Folder(spec.path)
-    names = [] if fingerprint else self._folder.files(*(f'.{kind}' for kind in IMAGES))
-    if not fingerprint and not names:
-      raise UserError(f'{spec.path!r} has no images ({", ".join(IMAGES)}; links are not followed)')
-    self.fingerprint = fingerprint or indexes.digest(names)
-    self._table = indexes.stored(spec.index, self.fingerprint, lambda: indexes.pack(names))
+    self.fingerprint = fingerprint
+    if not fingerprint:
+      if not (names := self._names()):
+        raise UserError(f'{spec.path!r} has no images ({", ".join(IMAGES)}; links are not followed)')
+      self.fingerprint = indexes.digest(names)
+      self._table = indexes.stored(spec.index, self.fingerprint, lambda: indexes.pack(names))
+
+  @functools.cached_property
+  def _table(self) -> indexes.Table:
+    # A worker's; not read by `__init__`, since an error while it is unpickled would end the worker and be lost.
+    return indexes.stored(self.spec.index, self.fingerprint, lambda: indexes.pack(self._same_names()))
+
+  def _names(self) -> list[str]:
+    return self._folder.files(*(f'.{kind}' for kind in IMAGES))
+
+  def _same_names(self) -> list[str]:
+    names = self._names()
+    if indexes.digest(names) != self.fingerprint:
+      raise UserError(f'{self.spec.path!r} has changed while it was read; start again')
+    return names
 
   def __len__(self) -> int:
     return len(self._table['name_ends'])
