@@ -189,17 +189,24 @@ def _leave_out_duplicates(folder: pathlib.Path, notes: dict[str, list[dict[str, 
     keep = [seen.add(value) for value in note['hashes']]
     if all(keep):
       continue
-    old = array_record_module.ArrayRecordReader(str(folder / note['shard']))
-    with _shard_writer(folder / (note['shard'] + '.partial')) as file:
-      for index in np.flatnonzero(keep):
-        file.write(old.read([int(index)])[0])
-    old.close()
-    (folder / (note['shard'] + '.partial')).replace(folder / note['shard'])
+    _shorten(folder / note['shard'], keep)
     note['left_out']['duplicate'] = note['left_out'].get('duplicate', 0) + keep.count(False)
     for name in ('hashes', 'sides', 'words'):
       note[name] = [value for value, kept in zip(note[name], keep, strict=True) if kept]
     note['count'] = len(note['hashes'])
     _write_whole(folder / (note['shard'] + _NOTE), json.dumps(note))
+
+
+def _shorten(shard: pathlib.Path, keep: list[bool]) -> None:
+  """Leaves these records in a shard, unless one that was killed before it wrote the note has done so."""
+  with contextlib.closing(array_record_module.ArrayRecordReader(str(shard))) as old:
+    if old.num_records() == sum(keep):
+      return
+    partial = shard.with_name(shard.name + '.partial')
+    with _shard_writer(partial) as file:
+      for index in np.flatnonzero(keep):
+        file.write(old.read([int(index)])[0])
+  partial.replace(shard)
 
 
 def captions_of(source: sources.Source, step: int) -> Iterator[str]:

@@ -80,6 +80,30 @@ def test_an_interrupted_preparation_goes_on(tmp_path, monkeypatch):
   assert len(again) == 1 and again[0] not in made and manifest.load(tmp_path / 'out').splits['train'].count == 20
 
 
+def test_killed_between_a_shortened_shard_and_its_note(tmp_path, monkeypatch):
+  real, shortened = convert._write_whole, []
+
+  def killed(file, text):
+    if 'duplicate' in json.loads(text)['left_out']:
+      shortened.append(file)
+      raise KeyboardInterrupt
+    real(file, text)
+
+  rows = source_files.pairs(20)
+  rows[10] = ('copy', rows[3][1], 'a copy')   # others come after it in its shard
+  path = source_files.write_tars(tmp_path / 'in', rows, shards=1).partition(':')[2]
+  start = prepare.parse(['webdataset', path, f'--out={tmp_path / "out"}', '--vocab_size=80', '--processes=1'])
+  monkeypatch.setattr(convert, '_write_whole', killed)
+  with pytest.raises(KeyboardInterrupt):
+    prepare.main(start)
+  assert shortened
+  monkeypatch.setattr(convert, '_write_whole', real)
+  prepare.main(start)
+  assert manifest.load(tmp_path / 'out').splits['train'].count == 19
+  records = pipeline.evaluation_records(tmp_path / 'out', 'train')
+  assert {record.image for record in records} == {image for _, image, _ in rows}
+
+
 def test_similar_pictures_are_one():
   image = transforms.decode(source_files.jpeg(1, (200, 150)))
   other = transforms.decode(source_files.jpeg(2, (200, 150)))
