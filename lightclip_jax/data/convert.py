@@ -219,7 +219,7 @@ def captions_of(source: sources.Source, step: int) -> Iterator[str]:
 
 
 def _finish(folder: pathlib.Path, about: dict[str, Any], notes: dict[str, list[dict[str, Any]]], options: Options) -> None:
-  """Tokenizer, summary, contact sheet and manifest; the notes are deleted."""
+  """Tokenizer, summary, contact sheet and manifest; last, the notes are deleted."""
   texts = [text for note in notes['train'] for text in note['captions']]
   tokenizer = tokenizers.load(options.tokenizer) if options.tokenizer else tokenizers.train(texts, options.vocab_size)
   file = f'tokenizer{tokenizer.suffix}'
@@ -234,11 +234,11 @@ def _finish(folder: pathlib.Path, about: dict[str, Any], notes: dict[str, list[d
       concepts=tuple(sorted({concept for note in every for concept in note['concepts']})),
       sha256={name: writer.sha256(folder / name) for name in files})
   (folder / SUMMARY_FILE).write_text(summary(name, splits, every), encoding='utf-8')
+  contents.save(folder)
+  _contact_sheet(ArrayRecordSource(folder, 'train'), folder / SHEET_FILE, options.max_pixels)
   for leftover in [*(folder / (note['shard'] + _NOTE) for note in every), folder / 'plan.json',
                    *(folder / note['shard'] for note in every if not note['count'])]:
     leftover.unlink(missing_ok=True)
-  contents.save(folder)
-  _contact_sheet(ArrayRecordSource(folder, 'train'), folder / SHEET_FILE)
 
 
 def summary(name: str, splits: dict[str, manifest.Split], notes: list[dict[str, Any]]) -> str:
@@ -257,12 +257,12 @@ def _histogram(values: list[int]) -> Iterator[str]:
     yield f'  {low:7.0f} to {high:5.0f} {count:>9,} ' + '#' * round(40 * count / max(1, counts.max()))
 
 
-def _contact_sheet(source: sources.Source, file: pathlib.Path) -> None:
+def _contact_sheet(source: sources.Source, file: pathlib.Path, max_pixels: int) -> None:
   """Pictures from all over the set."""
   sheet = np.full((_SHEET * _TILE, _SHEET * _TILE, 3), 255, np.uint8)
-  for place, index in enumerate(np.linspace(0, len(source) - 1, _SHEET ** 2).astype(int)[:len(source)]):
+  for place, index in enumerate(np.linspace(0, len(source) - 1, min(len(source), _SHEET ** 2)).astype(int)):
     row, column = (number * _TILE for number in divmod(place, _SHEET))
-    image = transforms.decode(source[index].image)
+    image = transforms.decode(source[index].image, max_pixels)
     scale = _TILE / max(image.shape[:2])
     height, width = (max(1, int(side * scale)) for side in image.shape[:2])
     sheet[row:row + height, column:column + width] = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)

@@ -9,6 +9,7 @@ import source_files
 from lightclip_jax import prepare
 from lightclip_jax.data import captions, convert, manifest, pipeline, sources, tokenizers, transforms, writer
 from lightclip_jax.data.faults import BadRecord
+from lightclip_jax.data.records import Record
 from lightclip_jax.errors import UserError
 
 
@@ -102,6 +103,36 @@ def test_killed_between_a_shortened_shard_and_its_note(tmp_path, monkeypatch):
   assert manifest.load(tmp_path / 'out').splits['train'].count == 19
   records = pipeline.evaluation_records(tmp_path / 'out', 'train')
   assert {record.image for record in records} == {image for _, image, _ in rows}
+
+
+@pytest.mark.parametrize('count', [3, 64, 70])
+def test_the_contact_sheet_shows_each_picture_once(tmp_path, count):
+  records = [Record(str(i), source_files.jpeg(i, (96, 96)), ('x',)) for i in range(count)]
+  convert._contact_sheet(records, tmp_path / 'sheet.jpg', 96 * 96)
+  sheet = transforms.decode((tmp_path / 'sheet.jpg').read_bytes())
+  tiles = sheet.reshape(8, 96, 8, 96, 3).swapaxes(1, 2).reshape(64, -1).astype(np.int16)
+  images = np.stack([transforms.decode(record.image).reshape(-1) for record in records]).astype(np.int16)
+  shown = [int(np.abs(images - tile).mean(1).argmin()) for tile in tiles[:count]]
+  assert len(set(shown)) == min(count, 64) and shown[0] == 0 and shown[-1] == count - 1
+  assert (tiles[count:] == 255).all()
+
+
+def test_the_contact_sheet_is_made_with_the_limit_of_pixels_that_was_asked_for(tmp_path, monkeypatch):
+  real = transforms.decode
+  monkeypatch.setattr(transforms, 'decode', lambda data, max_pixels=100: real(data, max_pixels))
+  out = _prepare(tmp_path, '--processes=1', '--max_pixels=2000')
+  assert real((out / 'contact_sheet.jpg').read_bytes()).shape == (768, 768, 3)
+
+
+def test_the_notes_stay_until_the_contact_sheet_is_made(tmp_path, monkeypatch):
+  def killed(*_):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(convert, '_contact_sheet', killed)
+  with pytest.raises(KeyboardInterrupt):
+    _prepare(tmp_path, '--processes=1')
+  left = {file.name for file in (tmp_path / '.out.partial').iterdir()}
+  assert left >= {'plan.json', *(f'train-0000{i}.array_record.note.json' for i in range(3))}
 
 
 def test_similar_pictures_are_one():
