@@ -26,6 +26,7 @@ from lightclip_jax.data import captions, manifest, processes, records, sources, 
 from lightclip_jax.data.faults import REASONS, BadRecord
 from lightclip_jax.data.records import Record
 from lightclip_jax.data.sources.array_record import ArrayRecordSource
+from lightclip_jax.errors import UserError
 
 SUMMARY_FILE, SHEET_FILE = 'summary.txt', 'contact_sheet.jpg'
 _NOTE = '.note.json'
@@ -49,7 +50,8 @@ def convert(about: dict[str, Any], out: pathlib.Path, options: Options, workers:
   """Makes the prepared folder `out` of the sources that `about` names (`sources.open_parts`).
 
   Raises:
-    UserError: if a source or the tokenizer is not there, no record can be used, or `out` cannot be written.
+    UserError: if a source or the tokenizer is not there, no record can be used, or `out` cannot be written or holds what was
+      prepared otherwise.
   """
   with writer.new_folder(out, keep=True) as folder:
     if folder is not None:
@@ -58,7 +60,31 @@ def convert(about: dict[str, Any], out: pathlib.Path, options: Options, workers:
       notes = {split: work.run(split, workers) for split in work.splits}
       _leave_out_duplicates(folder, notes, options.duplicates)
       _finish(folder, about, notes, options)
-  return manifest.load(out)
+  made = manifest.load(out)
+  _check(out, made, _asked(about, options))
+  return made
+
+
+def _name(about: dict[str, Any]) -> str:
+  return ' + '.join(f'{part["kind"]}:{part["path"]}' for part in about['parts'])
+
+
+def _asked(about: dict[str, Any], options: Options) -> dict[str, Any]:
+  """What decides the contents of a prepared folder, as a JSON value; the sources need not be there any more."""
+  columns = {name: ' + '.join(part[name] for part in about['parts'])
+             for name in ('image_column', 'caption_column', 'image_root')}
+  return {'source': _name(about), 'holdout_every': about['holdout_every'], **columns, **dataclasses.asdict(options)}
+
+
+def _check(out: pathlib.Path, made: manifest.Manifest, asked: dict[str, Any]) -> None:
+  """Raises UserError if the folder was there already, and prepared otherwise than is asked for now."""
+  held = made.asked
+  if not held:
+    every = (asked['holdout_every'] or '?') if sources.HELDOUT in made.splits else 0
+    held = {'source': made.name, 'size': made.image_size, 'holdout_every': every}
+  other = [f'{name}={value!r} (not {asked[name]!r})' for name, value in held.items() if value != asked.get(name, value)]
+  if other:
+    raise UserError(f'{str(out)!r} holds {made.name!r}, prepared with {", ".join(other)}; delete it or give another --out')
 
 
 class Work:
@@ -228,10 +254,10 @@ def _finish(folder: pathlib.Path, about: dict[str, Any], notes: dict[str, list[d
             for split, parts in notes.items()}
   every = [note for parts in notes.values() for note in parts]
   files = [file, *(shard for split in splits.values() for shard in split.shards)]
-  name = ' + '.join(f'{part["kind"]}:{part["path"]}' for part in about['parts'])
+  name = _name(about)
   contents = manifest.Manifest(
       name=name, splits=splits, tokenizer=file, image_size=options.size, groups=(), licences={}, packages={},
-      concepts=tuple(sorted({concept for note in every for concept in note['concepts']})),
+      asked=_asked(about, options), concepts=tuple(sorted({concept for note in every for concept in note['concepts']})),
       sha256={name: writer.sha256(folder / name) for name in files})
   (folder / SUMMARY_FILE).write_text(summary(name, splits, every), encoding='utf-8')
   contents.save(folder)

@@ -42,6 +42,7 @@ class Manifest:
   # Where the records lie elsewhere, and the folder only says so (`sources.open_parts`).
   source: dict[str, Any] = dataclasses.field(default_factory=dict)
   teacher: Teacher | None = None
+  asked: dict[str, Any] = dataclasses.field(default_factory=dict)   # of `convert`; {} also where an older version made it
 
   def split(self, name: str) -> Split:
     """The named split, or a UserError that lists those there are."""

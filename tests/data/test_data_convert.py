@@ -49,6 +49,29 @@ def test_what_is_kept_and_what_is_counted(tmp_path, capsys):
   batches.close()
 
 
+@pytest.mark.parametrize('old', [False, True])
+def test_a_folder_that_was_prepared_otherwise_is_said(tmp_path, capsys, old):
+  out = _prepare(tmp_path, '--processes=1', '--size=16', '--holdout_every=4')
+  if old:   # a manifest of a version that did not remember
+    values = json.loads((out / 'manifest.json').read_text())
+    del values['asked']
+    (out / 'manifest.json').write_text(json.dumps(values))
+  before, said = (out / 'manifest.json').read_bytes(), capsys.readouterr().out
+  same = ['webdataset', str(tmp_path / 'in'), f'--out={out}', '--vocab_size=80', '--size=16', '--holdout_every=4']
+  (tmp_path / 'in').rename(tmp_path / 'gone')   # the source is not needed any more
+  prepare.main(prepare.parse([*same, '--processes=2']))
+  assert capsys.readouterr().out == said
+  errors = {'--size=8': r'size=16 \(not 8\)', '--holdout_every=0': r"holdout_every=(4|'\?') \(not 0\)"}
+  if not old:
+    errors |= {'--quality=80': r'quality=90 \(not 80\)', '--image_column=x': r"image_column='' \(not 'x'\)"}
+  for flag, error in errors.items():
+    with pytest.raises(UserError, match=f'{error}; delete it or give another --out'):
+      prepare.main(prepare.parse([*same, flag]))
+  with pytest.raises(UserError, match=f"'{out}' holds 'webdataset:.*/in'.*/other"):
+    prepare.main(prepare.parse([same[0], str(tmp_path / 'other'), *same[2:]]))
+  assert (out / 'manifest.json').read_bytes() == before
+
+
 def test_several_processes_make_the_same_files(tmp_path):
   one, two = _prepare(tmp_path, '--processes=1'), None
   (tmp_path / 'in').rename(tmp_path / 'before')
