@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 
+from lightclip_jax.evaluation.ranks import same
 from lightclip_jax.evaluation.retrieval import retrieval
 
 IMAGES, CAPTIONS, DIM = 5000, 5, 512
@@ -19,7 +20,7 @@ def main() -> None:
   images, texts = (rng.normal(size=(count, DIM)).astype(np.float32) for count in (IMAGES, IMAGES * CAPTIONS))
   images, texts = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (images, texts))
   before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-  result = retrieval(images, texts, np.arange(IMAGES), np.repeat(np.arange(IMAGES), CAPTIONS))
+  result = retrieval(images, texts, same(np.arange(IMAGES), np.repeat(np.arange(IMAGES), CAPTIONS)))
   seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   print(f'{seconds:.1f} s, {(after - before) / 2 ** 20:.2f} GiB beyond the embeddings; '
         f'R@10 {result.text_to_image.recall[10]:.4f} (chance {result.text_to_image.chance[10]:.4f})')

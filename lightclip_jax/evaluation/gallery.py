@@ -9,7 +9,7 @@ import numpy as np
 
 from lightclip_jax.data import transforms
 from lightclip_jax.data.records import Record
-from lightclip_jax.evaluation.ranks import best_ranks
+from lightclip_jax.evaluation.ranks import best_ranks, same
 from lightclip_jax.evaluation.session import Session
 
 DRAWN = 96   # pixels of a drawn image
@@ -46,7 +46,7 @@ def make_gallery(session: Session, split: str, *, count: int = 48, guesses: int 
   classes_CxD, images_NxD = session.classes(names, 'name'), session.images(split)
   number = {name: i for i, name in enumerate(names)}
   labels_N = np.array([number[record.concept] for record in records])
-  ranks_N = best_ranks(images_NxD, classes_CxD, labels_N, np.arange(len(names)))
+  ranks_N = best_ranks(images_NxD, classes_CxD, same(labels_N, np.arange(len(names))))
   chosen = choose([record.key for record in records], ranks_N == 0, count)
   logits = session.embedder.logit_scale * images_NxD[chosen] @ classes_CxD.T
   probabilities = np.exp(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True))

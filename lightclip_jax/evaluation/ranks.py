@@ -10,6 +10,7 @@ or the BLAS, which in float32 add up in different orders.
 from collections.abc import Iterator
 
 import numpy as np
+import scipy.sparse
 
 from lightclip_jax.errors import UserError
 
@@ -17,18 +18,17 @@ TIE = 1e-9
 
 
 def best_ranks(
-    queries_QxD: np.ndarray, candidates_CxD: np.ndarray, query_ids_Q: np.ndarray, candidate_ids_C: np.ndarray, *,
+    queries_QxD: np.ndarray, candidates_CxD: np.ndarray, right_QxC: scipy.sparse.csr_array, *,
     chunk: int = 1024) -> np.ndarray:
   """How many wrong candidates stand before the best right one, for each query; 0 is the best.
 
-  A candidate is right when its id is the query's, so that any number of candidates may be right for a query and a
-  candidate for any number of queries. Memory is O(chunk·C) beyond the embeddings.
+  Any number of candidates may be right for a query, and a candidate for any number of queries. Memory is O(chunk·C)
+  beyond the embeddings and the relation.
 
   Args:
     queries_QxD: float [Q, D].
     candidates_CxD: float [C, D].
-    query_ids_Q: int [Q].
-    candidate_ids_C: int [C].
+    right_QxC: bool [Q, C], which candidates are right for which queries (`same` makes it from ids).
     chunk: queries at a time; the result does not depend on it.
 
   Returns:
@@ -39,14 +39,22 @@ def best_ranks(
   """
   ranks = [np.zeros(0, np.int64)]
   for start, scores_cxC in score_chunks(queries_QxD, candidates_CxD, chunk):
-    ids_c = query_ids_Q[start:start + len(scores_cxC)]
-    right_cxC = ids_c[:, None] == candidate_ids_C[None, :]
+    right_cxC = right_QxC[start:start + len(scores_cxC)].toarray()
     best_c = np.max(scores_cxC, axis=1, where=right_cxC, initial=-np.inf)
     if np.isneginf(best_c).any():
       raise UserError(f'query {start + int(np.argmin(best_c))} has no right answer among the {len(candidates_CxD)} '
                       'candidates; every query needs one')
     ranks.append(np.sum((scores_cxC >= best_c[:, None] - TIE) & ~right_cxC, axis=1))
   return np.concatenate(ranks)
+
+
+def same(query_ids_Q: np.ndarray, candidate_ids_C: np.ndarray) -> scipy.sparse.csr_array:
+  """bool [Q, C]: a candidate is right where its id is the query's."""
+  order_C = np.argsort(candidate_ids_C, kind='stable')
+  first_Q, end_Q = (np.searchsorted(candidate_ids_C[order_C], query_ids_Q, side) for side in ('left', 'right'))
+  starts = np.concatenate([[0], np.cumsum(end_Q - first_Q)])
+  places = np.arange(starts[-1]) + np.repeat(first_Q - starts[:-1], end_Q - first_Q)
+  return scipy.sparse.csr_array((np.ones(len(places), bool), order_C[places], starts), shape=(len(query_ids_Q), len(order_C)))
 
 
 def score_chunks(

@@ -8,8 +8,10 @@ same caption: any of them). Ties count against the model (evaluation/ranks.py).
 """
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
+import scipy.sparse
 
 from lightclip_jax.errors import UserError
 from lightclip_jax.evaluation.metrics import Metric
@@ -32,31 +34,35 @@ class RetrievalResult:
   text_to_image: Direction
 
 
-def retrieval(
-    image_embeddings_IxD: np.ndarray, text_embeddings_TxD: np.ndarray, image_ids_I: np.ndarray,
-    text_ids_T: np.ndarray, *, top: tuple[int, ...] = (1, 5, 10), chunk: int = 1024) -> RetrievalResult:
-  """R@k and the median rank both ways; an image and a text belong together when their ids are equal.
+def distinct(captions: Sequence[Sequence[str]]) -> tuple[list[str], scipy.sparse.csr_array]:
+  """From the captions of each image: the T distinct texts, and which image bears which, bool [I, T]."""
+  number = {text: i for i, text in enumerate(dict.fromkeys(text for of_image in captions for text in of_image))}
+  pairs = [(image, number[text]) for image, of_image in enumerate(captions) for text in dict.fromkeys(of_image)]
+  places = tuple(np.array(pairs, np.int64).reshape(-1, 2).T)
+  return list(number), scipy.sparse.csr_array((np.ones(len(pairs), bool), places), shape=(len(captions), len(number)))
 
-  Five captions an image: `image_ids = arange(I)`, `text_ids = repeat(arange(I), 5)`. Several images a caption: each
-  distinct caption once, and its number as the id of all of its images.
+
+def retrieval(
+    image_embeddings_IxD: np.ndarray, text_embeddings_TxD: np.ndarray, right_IxT: scipy.sparse.csr_array, *,
+    top: tuple[int, ...] = (1, 5, 10), chunk: int = 1024) -> RetrievalResult:
+  """R@k and the median rank both ways.
 
   Args:
     image_embeddings_IxD: float32 [I, D], unit vectors.
     text_embeddings_TxD: float32 [T, D], unit vectors.
-    image_ids_I: int [I].
-    text_ids_T: int [T].
+    right_IxT: bool [I, T], which image and text belong together (from `distinct`, or `ranks.same` for ids).
     top: the k of R@k.
     chunk: queries at a time; memory beyond the embeddings is O(chunk·max(I, T)).
 
   Raises:
     UserError: for an empty side, or when an image or a text has no partner.
   """
-  image_ids_I, text_ids_T = np.asarray(image_ids_I), np.asarray(text_ids_T)
-  if not len(image_ids_I) or not len(text_ids_T):
-    raise UserError(f'retrieval over {len(image_ids_I)} images and {len(text_ids_T)} texts; it needs both')
-  sides = (image_embeddings_IxD, image_ids_I), (text_embeddings_TxD, text_ids_T)
-  return RetrievalResult(image_to_text=_direction(*sides[0], *sides[1], top, chunk),
-                         text_to_image=_direction(*sides[1], *sides[0], top, chunk))
+  images, texts = right_IxT.shape
+  if not images or not texts:
+    raise UserError(f'retrieval over {images} images and {texts} texts; it needs both')
+  return RetrievalResult(
+      image_to_text=_direction(image_embeddings_IxD, text_embeddings_TxD, right_IxT, top, chunk),
+      text_to_image=_direction(text_embeddings_TxD, image_embeddings_IxD, right_IxT.T.tocsr(), top, chunk))
 
 
 def metrics(result: RetrievalResult) -> list[Metric]:
@@ -69,12 +75,10 @@ def metrics(result: RetrievalResult) -> list[Metric]:
   return found
 
 
-def _direction(queries, query_ids, candidates, candidate_ids, top, chunk) -> Direction:
-  ranks_Q = best_ranks(queries, candidates, query_ids, candidate_ids, chunk=chunk)
-  ids, copies = np.unique(candidate_ids, return_counts=True)
-  right_Q = copies[np.searchsorted(ids, query_ids)]
+def _direction(queries, candidates, right_QxC, top, chunk) -> Direction:
+  ranks_Q = best_ranks(queries, candidates, right_QxC, chunk=chunk)
   return Direction(recall={k: float(np.mean(ranks_Q < k)) for k in top},
-                   chance={k: _chance(right_Q, len(candidates), k) for k in top},
+                   chance={k: _chance(right_QxC.count_nonzero(axis=1), len(candidates), k) for k in top},
                    median_rank=float(np.median(ranks_Q)) + 1, count=len(ranks_Q))
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from lightclip_jax.errors import UserError
-from lightclip_jax.evaluation.ranks import best_ranks
+from lightclip_jax.evaluation.ranks import best_ranks, same
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ def zero_shot(
   if labels_N.min() < 0 or labels_N.max() >= classes:
     wrong = labels_N[(labels_N < 0) | (labels_N >= classes)][0]
     raise UserError(f'label {wrong} is not one of the {classes} classes (0 to {classes - 1})')
-  ranks_N = best_ranks(image_embeddings_NxD, class_embeddings_CxD, labels_N, np.arange(classes), chunk=chunk)
+  ranks_N = best_ranks(image_embeddings_NxD, class_embeddings_CxD, same(labels_N, np.arange(classes)), chunk=chunk)
   right, seen = np.bincount(labels_N, ranks_N == 0), np.bincount(labels_N)
   shares = {k: float(np.mean(ranks_N < k)) for k in top}
   return ZeroShotResult(shares, float(np.mean(right[seen > 0] / seen[seen > 0])), ranks_N, len(labels_N))

@@ -92,6 +92,10 @@ def test_karpathys_file(colours, tmp_path):
   assert got['eval/retrieval:dataset/image_to_text_r1'].count == 5         # the training image is left out
   assert got['eval/retrieval:dataset/text_to_image_r1'].count == 25        # five captions each
   assert got['eval/retrieval:dataset/text_to_image_r1'].value >= 0.8       # black on white is no colour's direction
+  rows[2]['sentences'][0] = rows[1]['sentences'][0]
+  (tmp_path / 'dataset.json').write_text(json.dumps({'images': rows}))
+  got = {m.name: m for m in evaluate.run(Session(Pixels(), colours), tasks.choose([f'retrieval:{tmp_path / "dataset.json"}']))}
+  assert got['eval/retrieval:dataset/text_to_image_r1'].count == 24        # a text of two images is one text
   (tmp_path / 'images' / 'val2014' / '3.png').unlink()
   failed = evaluate.run_each(Session(Pixels(), colours), tasks.choose([f'retrieval:{tmp_path / "dataset.json"}']))
   assert "'3.png' is not in" in failed[0].error

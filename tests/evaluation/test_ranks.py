@@ -1,13 +1,15 @@
 """Ranks, zero-shot and retrieval against brute force."""
+import itertools
 import math
 
 import numpy as np
 import pytest
+import scipy.sparse
 
 from lightclip_jax.errors import UserError
 from lightclip_jax.evaluation import prompts
-from lightclip_jax.evaluation.ranks import best_ranks
-from lightclip_jax.evaluation.retrieval import retrieval
+from lightclip_jax.evaluation.ranks import best_ranks, same
+from lightclip_jax.evaluation.retrieval import distinct, retrieval
 from lightclip_jax.evaluation.zero_shot import zero_shot
 from lightclip_jax.inference.class_names import class_embeddings
 
@@ -17,13 +19,13 @@ def unit(rng, *shape):
   return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
-def brute_ranks(queries, candidates, query_ids, candidate_ids):
+def brute_ranks(queries, candidates, right):
   """One query at a time: sort by score, wrong answers first among equals, and look for the first right one."""
   ranks = []
-  for query, query_id in zip(queries.astype(float), query_ids, strict=True):
-    scored = [(-round(float(query @ candidate), 10), candidate_id == query_id)
-              for candidate, candidate_id in zip(candidates.astype(float), candidate_ids, strict=True)]
-    ranks.append([right for _, right in sorted(scored)].index(True))
+  for query, right_C in zip(queries.astype(float), right, strict=True):
+    scored = [(-round(float(query @ candidate), 10), bool(one))
+              for candidate, one in zip(candidates.astype(float), right_C, strict=True)]
+    ranks.append([one for _, one in sorted(scored)].index(True))
   return np.array(ranks)
 
 
@@ -32,16 +34,21 @@ def test_ranks_equal_brute_force_with_ties_and_many_right_answers(chunk):
   rng = np.random.default_rng(0)
   queries, candidates = unit(rng, 61, 4), unit(rng, 23, 4)[rng.integers(0, 23, 90)]   # candidates repeat: exact ties
   query_ids, candidate_ids = rng.integers(0, 12, 61), np.r_[np.arange(12), rng.integers(0, 12, 78)]
-  got = best_ranks(queries, candidates, query_ids, candidate_ids, chunk=chunk)
-  np.testing.assert_array_equal(got, brute_ranks(queries, candidates, query_ids, candidate_ids))
-  assert got.dtype == np.int64
+  equal = query_ids[:, None] == candidate_ids[None, :]
+  np.testing.assert_array_equal(same(query_ids, candidate_ids).toarray(), equal)
+  any_relation = rng.random((61, 90)) < 0.03
+  any_relation[np.arange(61), rng.integers(0, 90, 61)] = True
+  for right in (equal, any_relation):
+    got = best_ranks(queries, candidates, scipy.sparse.csr_array(right), chunk=chunk)
+    np.testing.assert_array_equal(got, brute_ranks(queries, candidates, right))
+    assert got.dtype == np.int64
 
 
 def test_a_collapsed_model_is_never_right():
-  same = np.ones((20, 8), np.float32) / np.float32(math.sqrt(8))
-  result = zero_shot(same, same, np.arange(20), top=(1, 5, 20))
+  equal = np.ones((20, 8), np.float32) / np.float32(math.sqrt(8))
+  result = zero_shot(equal, equal, np.arange(20), top=(1, 5, 20))
   assert result.top == {1: 0.0, 5: 0.0, 20: 1.0}
-  both = retrieval(same, same, np.arange(20), np.arange(20))
+  both = retrieval(equal, equal, same(np.arange(20), np.arange(20)))
   assert both.image_to_text.recall[10] == both.text_to_image.recall[10] == 0.0
   assert both.image_to_text.median_rank == 20
 
@@ -50,7 +57,7 @@ def test_ties_do_not_depend_on_the_scale_of_rounding():
   rng = np.random.default_rng(1)
   queries, repeated = unit(rng, 300, 512), np.repeat(unit(rng, 1, 512), 33, axis=0)
   for chunk in (1, 31, 300):
-    assert (best_ranks(queries, repeated, np.zeros(300, int), np.arange(33), chunk=chunk) == 32).all()
+    assert (best_ranks(queries, repeated, same(np.zeros(300, int), np.arange(33)), chunk=chunk) == 32).all()
 
 
 def test_zero_shot_equals_argsort_without_ties():
@@ -70,7 +77,7 @@ def test_five_captions_an_image():
   images, texts = unit(rng, 40, 8), unit(rng, 200, 8)
   owner = np.repeat(np.arange(40), 5)
   scores = images.astype(float) @ texts.astype(float).T
-  got = retrieval(images, texts, np.arange(40), owner, chunk=9)
+  got = retrieval(images, texts, same(np.arange(40), owner), chunk=9)
   for k in (1, 5, 10):
     top_texts = np.argsort(-scores, axis=1)[:, :k]
     assert got.image_to_text.recall[k] == pytest.approx(np.mean((owner[top_texts] == np.arange(40)[:, None]).any(1)))
@@ -83,17 +90,49 @@ def test_five_captions_an_image():
 def test_several_images_a_caption_count_once_as_a_query_and_any_of_them_is_right():
   texts = np.eye(3, dtype=np.float32)
   images = np.array([[1, 0, 0], [0, 1, 0], [0, 1, 0], [0, 0, 1]], np.float32)   # the second drawing of 0 looks like 1
-  got = retrieval(images, texts, np.array([0, 0, 1, 2]), np.arange(3), top=(1, 2))
+  got = retrieval(images, texts, same(np.array([0, 0, 1, 2]), np.arange(3)), top=(1, 2))
   assert got.image_to_text.recall == {1: 0.75, 2: 0.75}      # wrong, then tied with a wrong one
   assert got.text_to_image.recall == {1: 2 / 3, 2: 1.0}      # text 1 ties with the wrong drawing
   assert got.text_to_image.count == 3
+
+
+def test_a_caption_that_two_images_share_is_right_for_both():
+  captions = [['a dog', 'it runs'], ['a dog', 'it sleeps', 'it sleeps'], ['a cat', 'it eats'], ['a cat', 'it sits']]
+  texts, right = distinct(captions)
+  assert texts == ['a dog', 'it runs', 'it sleeps', 'a cat', 'it eats', 'it sits']
+  images = np.repeat(np.eye(2, 6, dtype=np.float32), 2, axis=0)   # each is what both of its kind say
+  perfect = np.eye(2, 6, dtype=np.float32)[[0, 0, 0, 1, 1, 1]] + np.eye(6, dtype=np.float32)[[0, 2, 3, 1, 4, 5]] / 2
+  got = retrieval(images, perfect, right, top=(1,))
+  assert got.image_to_text.recall == {1: 1.0} and (got.image_to_text.count, got.text_to_image.count) == (4, 6)
+  assert got.image_to_text.chance[1] == pytest.approx(2 / 6)
+  assert got.text_to_image.chance[1] == pytest.approx((2 * 2 / 4 + 4 * 1 / 4) / 6)
+
+
+@pytest.mark.parametrize('words', [4, 12, 40])
+def test_retrieval_over_any_captions_equals_brute_force(words):
+  rng = np.random.default_rng(words)
+  captions = [[f'word {n}' for n in rng.integers(0, words, rng.integers(1, 5))] for _ in range(30)]
+  texts, right = distinct(captions)
+  dense = np.array([[text in of_image for text in texts] for of_image in captions])
+  assert len(set(texts)) == len(texts) and (right.toarray() == dense).all()
+  images, embedded = unit(rng, 30, 3), unit(rng, len(texts), 3)
+  got = retrieval(images, embedded, right, top=(1, 3), chunk=7)
+  for way, ranks, relation in ((got.image_to_text, brute_ranks(images, embedded, dense), dense),
+                               (got.text_to_image, brute_ranks(embedded, images, dense.T), dense.T)):
+    count, candidates = relation.shape
+    assert way.count == count and way.median_rank == np.median(ranks) + 1
+    for k in (1, 3):
+      assert way.recall[k] == np.mean(ranks < k)
+      subsets = list(itertools.combinations(range(candidates), min(k, candidates)))
+      tries = [any(row[list(drawn)]) for row in relation for drawn in subsets]
+      assert way.chance[k] == pytest.approx(np.mean(tries))
 
 
 def test_chance_is_what_random_embeddings_reach():
   rng = np.random.default_rng(4)
   ids = rng.integers(0, 6, 30)
   ids[:6] = np.arange(6)
-  runs = [retrieval(unit(rng, 30, 64), unit(rng, 6, 64), ids, np.arange(6), top=(1, 3)) for _ in range(300)]
+  runs = [retrieval(unit(rng, 30, 64), unit(rng, 6, 64), same(ids, np.arange(6)), top=(1, 3)) for _ in range(300)]
   for way in ('image_to_text', 'text_to_image'):
     for k in (1, 3):
       mean = np.mean([getattr(r, way).recall[k] for r in runs])
@@ -111,8 +150,8 @@ def test_class_embeddings_are_normalised_means_of_templates():
   (lambda e: zero_shot(e, e, np.array([0, 1, 7])), 'label 7.*3 classes'),
   (lambda e: zero_shot(e[:0], e, np.array([], int)), '0 images'),
   (lambda e: zero_shot(e * np.nan, e, np.arange(3)), 'query 0 is not finite'),
-  (lambda e: retrieval(e, e, np.arange(3), np.array([0, 1, 1])), 'query 2 has no right answer'),
-  (lambda e: retrieval(e, e[:0], np.arange(3), np.arange(0)), '0 texts'),
+  (lambda e: retrieval(e, e, same(np.arange(3), np.array([0, 1, 1]))), 'query 2 has no right answer'),
+  (lambda e: retrieval(e, e[:0], same(np.arange(3), np.arange(0))), '0 texts'),
   (lambda e: class_embeddings(lambda t: e, ['a', ' ', 'b'], ['{}']), 'class 1 has no name'),
   (lambda e: class_embeddings(lambda t: e, ['a'], ['a photo']), "'a photo' must hold {} once"),
   (lambda e: prompts.templates('nmae'), "unknown prompt set 'nmae'; there are digit, name, photo"),

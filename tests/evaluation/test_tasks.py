@@ -94,6 +94,16 @@ def test_captions_of_pairs_without_concepts(folder):
   assert got['text_to_image_r1'].value == pytest.approx(len(session.records('heldout_images')) / texts)
 
 
+def test_a_caption_that_two_images_share_is_no_miss_for_either():
+  captions = [('a dog', 'it runs'), ('a dog', 'it sleeps'), ('a cat', 'it eats'), ('a cat', 'it sits')]
+  vectors = {text: np.eye(2, dtype=np.float32)[i // 2] for i, of_image in enumerate(captions) for text in of_image}
+  vectors |= {text: vectors[text] * 2 for text in ('a dog', 'a cat')}   # the nearest to all of their images
+  session = types.SimpleNamespace(images=lambda split: np.repeat(np.eye(2, dtype=np.float32), 2, axis=0),
+                                  texts=lambda texts: np.stack([vectors[text] for text in texts]))
+  got = {m.name: m for m in prepared._retrieval(session, 'any', captions)}
+  assert got['image_to_text_r1'].value == 1.0 and got['text_to_image_r1'].count == 6
+
+
 class Colours(nn.Module):
   """A model on real batches: mean colours, and sums of token ids."""
 

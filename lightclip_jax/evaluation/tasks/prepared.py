@@ -38,10 +38,6 @@ def _classification(session, split, kind, classes, labels, top) -> list[Metric]:
 
 
 def _retrieval(session, split, captions) -> list[Metric]:
-  """One caption an image: each distinct one is asked once, and any image that bears it is right."""
-  texts = [caption for of_image in captions for caption in of_image]
-  image_ids, text_ids = np.arange(len(captions)), np.repeat(np.arange(len(captions)), [len(c) for c in captions])
-  if len(texts) == len(captions):
-    distinct = {text: number for number, text in enumerate(dict.fromkeys(texts))}
-    image_ids, texts, text_ids = np.array([distinct[text] for text in texts]), list(distinct), np.arange(len(distinct))
-  return retrieval.metrics(retrieval.retrieval(session.images(split), session.texts(texts), image_ids, text_ids))
+  """Each distinct caption is asked once, and any image that bears it is right."""
+  texts, right_IxT = retrieval.distinct(captions)
+  return retrieval.metrics(retrieval.retrieval(session.images(split), session.texts(texts), right_IxT))
