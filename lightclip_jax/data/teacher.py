@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from lightclip_jax.data import manifest, sources, transforms
+from lightclip_jax.data.faults import BadRecord
 from lightclip_jax.data.records import Record
 from lightclip_jax.data.sources.mixture import origin
 from lightclip_jax.errors import UserError
@@ -23,6 +24,7 @@ IMAGES, CAPTIONS, STARTS = FILES = 'teacher-images.f16', 'teacher-captions.f16',
 RECORDS_AT_A_TIME = 256
 _HOW = 'make them with: python -m lightclip_jax.prepare teacher --model=DIR --data='
 
+Part = list[tuple[Record, np.ndarray]]   # records and their images, uint8 RGB [H, W, 3]
 Encoders = tuple[Callable[[Sequence[np.ndarray]], np.ndarray], Callable[[Sequence[str]], np.ndarray]]
 
 
@@ -81,7 +83,7 @@ class _Embeddings:
 
 
 def write(folder: str | pathlib.Path, name: str, encoders: Encoders,
-          progress: Callable[[Iterator[list[Record]], int], Iterator[list[Record]]]) -> manifest.Teacher:
+          progress: Callable[[Iterator[Part], int], Iterator[Part]]) -> manifest.Teacher:
   """Fills the files of a prepared folder; earlier ones are replaced when all is there, and never mixed with new ones.
 
   Args:
@@ -91,14 +93,15 @@ def write(folder: str | pathlib.Path, name: str, encoders: Encoders,
     progress: wraps (the parts, how many there are), to show how far it is.
 
   Raises:
-    UserError: for a folder that is not prepared, that has no training records, or that cannot be written.
+    UserError: for a folder that is not prepared, that has no training records or one that cannot be used, or that cannot be
+      written.
   """
   folder = pathlib.Path(folder)
   contents, source = manifest.load(folder), sources.open_split(folder, 'train')
   if not len(source):
     raise UserError(f'data folder {str(folder)!r} has no training records')
   total = -(-len(source) // RECORDS_AT_A_TIME)
-  parts = ([source[i] for i in range(n * RECORDS_AT_A_TIME, min((n + 1) * RECORDS_AT_A_TIME, len(source)))]
+  parts = ([_read(source, i) for i in range(n * RECORDS_AT_A_TIME, min((n + 1) * RECORDS_AT_A_TIME, len(source)))]
            for n in range(total))
   partial = folder / '.teacher.partial'
   try:
@@ -117,6 +120,14 @@ def write(folder: str | pathlib.Path, name: str, encoders: Encoders,
   return entry
 
 
+def _read(source: sources.Source, index: int) -> tuple[Record, np.ndarray]:
+  try:
+    record = source[index]
+    return record, transforms.decode(record.image)
+  except BadRecord as error:
+    raise UserError(f'{source.name(index)} cannot be used: {error}; prepare the data set again') from error
+
+
 def _sha256(folder: pathlib.Path) -> str:
   """Of the hashes of the three files."""
   total = hashlib.sha256()
@@ -126,13 +137,14 @@ def _sha256(folder: pathlib.Path) -> str:
   return total.hexdigest()
 
 
-def _fill(partial: pathlib.Path, parts: Iterator[list[Record]], encoders: Encoders) -> int:
+def _fill(partial: pathlib.Path, parts: Iterator[Part], encoders: Encoders) -> int:
   """Writes the three files; returns E. A caption that occurs twice among some records is embedded once."""
   encode_images, encode_texts = encoders
   counts = [0]
   with open(partial / IMAGES, 'wb') as images, open(partial / CAPTIONS, 'wb') as captions:
-    for records in parts:
-      images_NxE = encode_images([transforms.decode(record.image) for record in records])
+    for part in parts:
+      records, decoded = zip(*part, strict=True)
+      images_NxE = encode_images(decoded)
       counts += [len(record.captions) for record in records]
       texts = list(itertools.chain.from_iterable(record.captions for record in records))
       number = {text: i for i, text in enumerate(dict.fromkeys(texts))}

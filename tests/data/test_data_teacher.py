@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lightclip_jax import config, prepare
-from lightclip_jax.data import datasets, manifest, pipeline, sources, teacher, transforms
+from lightclip_jax.data import datasets, manifest, pipeline, sources, teacher, transforms, writer
 from lightclip_jax.data.datasets import shapes
 from lightclip_jax.errors import UserError
 
@@ -145,6 +145,15 @@ def test_an_interrupted_preparation_leaves_the_old_embeddings(folder):
     teacher.write(folder, 'other', [None, None], stops)
   assert manifest.load(folder).teacher == before and not list(folder.glob('.*'))
   np.testing.assert_array_equal(take(folder, 1)[0]['teacher_text'], expected)
+
+
+@pytest.mark.parametrize('broken', [dict(captions=(' ',)), dict(image=b'no image')])
+def test_a_record_that_cannot_be_used_is_named(folder, broken):
+  records = pipeline.evaluation_records(folder, 'train')
+  records[5] = dataclasses.replace(records[5], **broken)
+  writer._write_split(folder, 'train', records, [])
+  with pytest.raises(UserError, match='train 5 cannot be used: .*; prepare'):
+    fill(folder)
 
 
 def test_what_is_missing_or_does_not_fit_is_one_line(folder):
