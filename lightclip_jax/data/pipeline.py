@@ -364,8 +364,6 @@ def evaluation_records(folder: str | storage.Path, split: str) -> list[Record]:
   One that cannot be used is black and has an empty caption, so that it counts as a mistake.
   """
   source = sources.open_split(folder, split)
-  if not manifest.load(folder).source:   # what was prepared has been decoded before
-    return [source[index] for index in range(len(source))]
   return [_usable(source, index)[0] for index in range(len(source))]
 
 

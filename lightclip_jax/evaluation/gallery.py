@@ -9,6 +9,7 @@ import numpy as np
 
 from lightclip_jax.data import transforms
 from lightclip_jax.data.records import Record
+from lightclip_jax.evaluation import labelled
 from lightclip_jax.evaluation.ranks import best_ranks, same
 from lightclip_jax.evaluation.session import Session
 
@@ -44,8 +45,7 @@ def make_gallery(session: Session, split: str, *, count: int = 48, guesses: int 
   if not names:
     return []
   classes_CxD, images_NxD = session.classes(names, 'name'), session.images(split)
-  number = {name: i for i, name in enumerate(names)}
-  labels_N = np.array([number[record.concept] for record in records])
+  labels_N = labelled.labels(records, 'concept', names)
   ranks_N = best_ranks(images_NxD, classes_CxD, same(labels_N, np.arange(len(names))))
   chosen = choose([record.key for record in records], ranks_N == 0, count)
   logits = session.embedder.logit_scale * images_NxD[chosen] @ classes_CxD.T

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lightclip_jax.data.records import Record
-from lightclip_jax.evaluation import calibration
+from lightclip_jax.evaluation import calibration, labelled
 from lightclip_jax.evaluation.gallery import Picture, choose, picture
 from lightclip_jax.evaluation.ranks import score_chunks
 from lightclip_jax.evaluation.session import Session
@@ -48,11 +47,11 @@ def look(session: Session, split: str, others: Sequence[str]) -> Insight:
   if not manifest.concepts:
     return Insight()
   kind, classes = ('group', manifest.groups) if manifest.groups else ('concept', manifest.concepts)
-  labels_N = _labels(records, kind, classes)
+  labels_N = labelled.labels(records, kind, classes)
   guesses_N = np.concatenate([scores.argmax(axis=1) for _, scores in
                               score_chunks(session.images(split), session.classes(classes, 'name'))])
   sure_N, hit_N = calibration.confidence(session.images(split), session.classes(manifest.concepts, 'name'),
-                                         _labels(records, 'concept', manifest.concepts), session.embedder.logit_scale)
+                                         labelled.labels(records, 'concept', manifest.concepts), session.embedder.logit_scale)
   return Insight(tuple(worst(labels_N, guesses_N, classes)), tuple(_neighbours(session, split, others)),
                  tuple(calibration.bins(sure_N, hit_N)), calibration.error(sure_N, hit_N))
 
@@ -61,17 +60,12 @@ def worst(labels_N: np.ndarray, guesses_N: np.ndarray, names: Sequence[str], *, 
           shown: int = 3) -> list[Confused]:
   """The classes that are recognised least often, and the `shown` classes that each is most often taken for."""
   found = []
-  for label in np.unique(labels_N):
+  for label in np.unique(labels_N[labels_N >= 0]):
     shares_C = np.bincount(guesses_N[labels_N == label], minlength=len(names)) / np.sum(labels_N == label)
     wrong = [i for i in np.argsort(-shares_C, kind='stable') if i != label and shares_C[i] > 0][:shown]
     found.append(Confused(names[label], int(np.sum(labels_N == label)), float(shares_C[label]),
                           tuple((names[i], float(shares_C[i])) for i in wrong)))
   return sorted(found, key=lambda one: one.accuracy)[:count]
-
-
-def _labels(records: list[Record], kind: str, classes: Sequence[str]) -> np.ndarray:
-  number = {name: i for i, name in enumerate(classes)}
-  return np.array([number[getattr(record, kind)] for record in records])
 
 
 def _neighbours(session: Session, split: str, others: Sequence[str], count: int = 8, nearest: int = 5) -> list[Neighbours]:

@@ -3,10 +3,12 @@
 Letters: N images, H height, W width.
 """
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 
+from lightclip_jax.data.records import Record
 from lightclip_jax.errors import UserError
 
 
@@ -27,6 +29,12 @@ class ImageSet:
   train: tuple[Part, ...] = ()
   validation: Part | None = None       # None: probes split a part of the training images off
   prompts: str = 'photo'               # the template set of its own
+
+
+def labels(records: Sequence[Record], kind: Literal['concept', 'group'], classes: Sequence[str]) -> np.ndarray:
+  """int [N]: each record's class; -1 where it has none of them, as records that cannot be used."""
+  number = {name: i for i, name in enumerate(classes)}
+  return np.array([number.get(getattr(record, kind), -1) for record in records], np.int64)
 
 
 def check(images: ImageSet) -> ImageSet:

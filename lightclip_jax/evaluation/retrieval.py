@@ -35,9 +35,12 @@ class RetrievalResult:
 
 
 def distinct(captions: Sequence[Sequence[str]]) -> tuple[list[str], scipy.sparse.csr_array]:
-  """From the captions of each image: the T distinct texts, and which image bears which, bool [I, T]."""
+  """From the captions of each image: the T distinct texts, and which image bears which, bool [I, T].
+
+  The empty text, of records that cannot be used, is right for none: they are mistakes both ways.
+  """
   number = {text: i for i, text in enumerate(dict.fromkeys(text for of_image in captions for text in of_image))}
-  pairs = [(image, number[text]) for image, of_image in enumerate(captions) for text in dict.fromkeys(of_image)]
+  pairs = [(image, number[text]) for image, of_image in enumerate(captions) for text in dict.fromkeys(of_image) if text]
   places = tuple(np.array(pairs, np.int64).reshape(-1, 2).T)
   return list(number), scipy.sparse.csr_array((np.ones(len(pairs), bool), places), shape=(len(captions), len(number)))
 
@@ -45,7 +48,7 @@ def distinct(captions: Sequence[Sequence[str]]) -> tuple[list[str], scipy.sparse
 def retrieval(
     image_embeddings_IxD: np.ndarray, text_embeddings_TxD: np.ndarray, right_IxT: scipy.sparse.csr_array, *,
     top: tuple[int, ...] = (1, 5, 10), chunk: int = 1024) -> RetrievalResult:
-  """R@k and the median rank both ways.
+  """R@k and the median rank both ways; an image or a text without a partner is a mistake.
 
   Args:
     image_embeddings_IxD: float32 [I, D], unit vectors.
@@ -55,7 +58,7 @@ def retrieval(
     chunk: queries at a time; memory beyond the embeddings is O(chunk·max(I, T)).
 
   Raises:
-    UserError: for an empty side, or when an image or a text has no partner.
+    UserError: for an empty side.
   """
   images, texts = right_IxT.shape
   if not images or not texts:

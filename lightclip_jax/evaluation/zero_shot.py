@@ -27,20 +27,21 @@ def zero_shot(
   Args:
     image_embeddings_NxD: float32 [N, D], unit vectors.
     class_embeddings_CxD: float32 [C, D], unit vectors (inference/class_names.py).
-    labels_N: int [N], each in [0, C).
+    labels_N: int [N], each in [0, C), or -1 for an image of no class, which is a mistake.
     top: the k of top-k.
     chunk: images at a time.
 
   Raises:
-    UserError: without images, or for a label outside [0, C).
+    UserError: without images, or for a label outside [-1, C).
   """
   labels_N, classes = np.asarray(labels_N), len(class_embeddings_CxD)
   if not len(labels_N):
     raise UserError('zero-shot classification of 0 images; it needs at least one')
-  if labels_N.min() < 0 or labels_N.max() >= classes:
-    wrong = labels_N[(labels_N < 0) | (labels_N >= classes)][0]
+  if labels_N.min() < -1 or labels_N.max() >= classes:
+    wrong = labels_N[(labels_N < -1) | (labels_N >= classes)][0]
     raise UserError(f'label {wrong} is not one of the {classes} classes (0 to {classes - 1})')
   ranks_N = best_ranks(image_embeddings_NxD, class_embeddings_CxD, same(labels_N, np.arange(classes)), chunk=chunk)
-  right, seen = np.bincount(labels_N, ranks_N == 0), np.bincount(labels_N)
-  shares = {k: float(np.mean(ranks_N < k)) for k in top}
-  return ZeroShotResult(shares, float(np.mean(right[seen > 0] / seen[seen > 0])), ranks_N, len(labels_N))
+  shares, known_N = {k: float(np.mean(ranks_N < k)) for k in top}, labels_N >= 0
+  right, seen = np.bincount(labels_N[known_N], ranks_N[known_N] == 0), np.bincount(labels_N[known_N])
+  mean_per_class = float(np.mean(right[seen > 0] / seen[seen > 0])) if known_N.any() else 0.0
+  return ZeroShotResult(shares, mean_per_class, ranks_N, len(labels_N))

@@ -12,6 +12,7 @@ import numpy as np
 
 from lightclip_jax.data import datasets, manifest, pipeline, transforms
 from lightclip_jax.errors import UserError
+from lightclip_jax.evaluation import labelled
 from lightclip_jax.export.towers import Towers
 
 MIN_COSINE = 0.9999
@@ -80,7 +81,7 @@ def questions(towers: Towers, folder: pathlib.Path) -> Questions | None:
   if not concepts:
     return None
   records = _records(towers, folder)
-  return Questions(_images(towers, records), concepts, np.array([concepts.index(record.concept) for record in records]))
+  return Questions(_images(towers, records), concepts, labelled.labels(records, 'concept', concepts))
 
 
 def accuracy(images_NxD: np.ndarray, concepts_CxD: np.ndarray, labels_N: np.ndarray) -> float:

@@ -1,4 +1,5 @@
 """Tasks, gallery and matchings on a small prepared folder, with models whose answers are known."""
+import dataclasses
 import json
 import types
 
@@ -10,11 +11,12 @@ from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lightclip_jax import config
-from lightclip_jax.data import pipeline
+from lightclip_jax.data import pipeline, writer
 from lightclip_jax.data.datasets import shapes
 from lightclip_jax.errors import UserError
-from lightclip_jax.evaluation import evaluate, gallery, matching, metrics, results, tasks
+from lightclip_jax.evaluation import evaluate, gallery, insight, matching, metrics, results, tasks
 from lightclip_jax.evaluation.embed import Embedder
+from lightclip_jax.evaluation.image_sets import heldout
 from lightclip_jax.evaluation.session import Session
 from lightclip_jax.evaluation.tasks import pointing, prepared
 
@@ -102,6 +104,27 @@ def test_a_caption_that_two_images_share_is_no_miss_for_either():
                                   texts=lambda texts: np.stack([vectors[text] for text in texts]))
   got = {m.name: m for m in prepared._retrieval(session, 'any', captions)}
   assert got['image_to_text_r1'].value == 1.0 and got['text_to_image_r1'].count == 6
+
+
+def test_records_that_cannot_be_used_count_as_mistakes(tmp_path, capfd):
+  shapes.prepare(folder := tmp_path / 'shapes', size=24)
+  records = pipeline.evaluation_records(folder, 'heldout_images')
+  records[4] = dataclasses.replace(records[4], captions=(' ',))
+  records[7] = dataclasses.replace(records[7], image=records[7].image[:30])
+  writer._write_split(folder, 'heldout_images', records, [])
+  oracle = Oracle(folder, lambda record: record.concept)   # its answer to a black image is the empty text
+  session = Session(oracle, folder)
+  got = {m.name.split('/')[-1]: m for m in evaluate.run(session, evaluate.of_splits(['heldout_images']))}
+  assert 'as a mistake' in capfd.readouterr().err
+  count = len(oracle.by_split['heldout_images'])
+  for name in ('concept_top1', 'concept_top5', 'image_to_text_r1', 'image_to_text_r10'):
+    assert (got[name].value, got[name].count) == (pytest.approx((count - 2) / count), count)
+  texts = got['text_to_image_r1'].count
+  assert got['text_to_image_r1'].value == pytest.approx((texts - 1) / texts)   # the empty text is asked once
+  assert sum(not p.right for p in gallery.make_gallery(session, 'heldout_images', count=count)) == 2
+  looked = insight.look(session, 'heldout_images', ['heldout_style'])
+  assert sum(one.count for one in looked.confused) == count - 2 and sum(one.count for one in looked.bins) == count
+  assert '' not in heldout.load(session, 'concept').classes
 
 
 class Colours(nn.Module):

@@ -3,9 +3,7 @@
 The classes are *all* concepts of the manifest, not only the split's (1,914 for emoji), and all its groups by name.
 Retrieval is between the images and their names; where the data have no concepts, between images and all their captions.
 """
-import numpy as np
-
-from lightclip_jax.evaluation import retrieval
+from lightclip_jax.evaluation import labelled, retrieval
 from lightclip_jax.evaluation.metrics import Metric
 from lightclip_jax.evaluation.session import Session
 from lightclip_jax.evaluation.zero_shot import zero_shot
@@ -23,16 +21,15 @@ def run(session: Session, split: str) -> list[Metric]:
   manifest, records = session.manifest, session.records(split)
   metrics = []
   if manifest.concepts:
-    metrics += _classification(session, split, 'concept', manifest.concepts, [r.concept for r in records], (1, 5))
+    metrics += _classification(session, split, 'concept', manifest.concepts, (1, 5))
   if manifest.groups:
-    metrics += _classification(session, split, 'group', manifest.groups, [r.group for r in records], (1,))
+    metrics += _classification(session, split, 'group', manifest.groups, (1,))
   return metrics + _retrieval(session, split, [r.captions[:1] if manifest.concepts else r.captions for r in records])
 
 
-def _classification(session, split, kind, classes, labels, top) -> list[Metric]:
-  number = {name: i for i, name in enumerate(classes)}
-  result = zero_shot(session.images(split), session.classes(classes, 'name'),
-                     np.array([number[label] for label in labels]), top=top)
+def _classification(session, split, kind, classes, top) -> list[Metric]:
+  labels_N = labelled.labels(session.records(split), kind, classes)
+  result = zero_shot(session.images(split), session.classes(classes, 'name'), labels_N, top=top)
   return [Metric(f'{kind}_top{k}', share, result.count, min(1.0, k / len(classes)),
                  ANCHORS.get((session.manifest.name, split, f'{kind}_top{k}'), ())) for k, share in result.top.items()]
 
