@@ -100,7 +100,7 @@ def runs(flags: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Options]]:
 
 
 def identity(size: str, tower: str, where: str, options: Options) -> str:
-  """What tells a run from all others, whichever study asks for it. Another processor rounds otherwise, as if of another seed."""
+  """What tells a run from all others, whichever study asks for it. Another processor rounds otherwise."""
   return json.dumps([size, tower, where, {name: value for name, value in options.items() if name != 'config'}], sort_keys=True)
 
 

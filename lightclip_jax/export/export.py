@@ -75,8 +75,8 @@ def _check_folder(out: pathlib.Path, kind: str, int8: bool) -> None:
     return
   if not out.is_dir() or any(out.iterdir()) and not (out / exported.MODEL_FILE).is_file():
     raise UserError(f'{str(out)!r} holds something else; give a new folder')
-  if any(out.iterdir()) and f'"format": "{kind}"' not in (out / exported.MODEL_FILE).read_text(encoding='utf-8'):
-    raise UserError(f'{str(out)!r} holds an export in another format than {kind}; give a new folder')
+  if any(out.iterdir()) and (earlier := exported.format_of(out)) != kind:
+    raise UserError(f'{str(out)!r} holds an export for {earlier}, not for {kind}; give a new folder')
   if (out / 'int8').exists() and not int8:
     raise UserError(f'{str(out / "int8")!r} is of an earlier export; give --int8 again, or a new folder')
 

@@ -29,6 +29,14 @@ def load(folder: pathlib.Path) -> dict[str, Any]:
           'image_tower': open_tower(files['image']), 'text_tower': open_tower(files['text'])}
 
 
+def format_of(folder: pathlib.Path) -> str:
+  """The format that `model.json` names; 'another program' where it names none."""
+  try:
+    return json.loads((folder / MODEL_FILE).read_text(encoding='utf-8'))['format']
+  except (ValueError, KeyError, TypeError):
+    return 'another program'
+
+
 def describe(folder: pathlib.Path) -> tuple[dict[str, Any], dict[str, pathlib.Path]]:
   """What `model.json` says, `FIELDS` at least, and the files 'image', 'text' and 'tokenizer' that it names.
 

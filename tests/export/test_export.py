@@ -267,7 +267,7 @@ def test_mistakes_are_one_line(workdir, tmp_path, monkeypatch):
     (tmp_path / folder).mkdir()
   (tmp_path / 'earlier/model.json').write_text(json.dumps({'format': 'onnx'}, indent=2))
   for kind, out, int8, words in (('onnx', 'full', False, 'holds something else'),
-                                 ('open_clip', 'earlier', False, 'in another format than open_clip; give a new folder'),
+                                 ('open_clip', 'earlier', False, 'holds an export for onnx, not for open_clip; give a new folder'),
                                  ('onnx', 'earlier', False, "int8' is of an earlier export; give --int8 again"),
                                  ('stablehlo', 'new', True, 'is for --format=onnx')):
     with pytest.raises(UserError, match=words):

@@ -16,7 +16,8 @@ class FolderSource:
   """Images in the order of their names, subfolders included; the list is made anew by every run."""
 
   def __init__(self, spec: Spec, fingerprint: str = ''):
-    """
+    """Lists the folder, or reads the list.
+
     Args:
       spec: where the folder is.
       fingerprint: of a list that another process has stored (for workers).
