@@ -211,8 +211,10 @@ def console_line(step: int, total: int, values: Mapping[str, float]) -> str:
     return f'step {step}/{total} ({step / total:.0%})  every step since the line before was skipped'
   terms = ' '.join(f'{name.removeprefix("train/loss_")} {value:.3f}' for name, value in values.items()
                    if name.startswith('train/loss_') and name != 'train/loss_over_log_batch')
-  return (f'step {step}/{total} ({step / total:.0%})  loss {values["train/loss"]:.3f} ({terms})  '
-          f'loss/log B {values["train/loss_over_log_batch"]:.3f}  top-1 {values["train/top1_image_to_text"]:.1%}  '
+  # Not every objective measures these: the sigmoid loss knows no log B, and without a contrastive loss there is neither.
+  kept = ''.join(f'  {label} {values[name]:{form}}' for name, label, form in (
+    ('train/loss_over_log_batch', 'loss/log B', '.3f'), ('train/top1_image_to_text', 'top-1', '.1%')) if name in values)
+  return (f'step {step}/{total} ({step / total:.0%})  loss {values["train/loss"]:.3f} ({terms}){kept}  '
           f'scale {values["train/logit_scale"]:.1f}  {values["train/examples_per_second"]:.0f} pairs/s  '
           f'data wait {values["train/data_wait"]:.0%}  ETA {duration(values["train/eta_seconds"])}')
 

@@ -65,6 +65,19 @@ def test_durations():
   assert [metrics.duration(s) for s in (12.4, 250, 3900, math.inf)] == ['12 s', '4 min 10 s', '1 h 05 min', '?']
 
 
+@pytest.mark.parametrize('measured, words', [
+  (dict(loss_over_log_batch=0.5, top1_image_to_text=0.25),
+   'loss 2.000 (contrastive 2.000)  loss/log B 0.500  top-1 25.0%  scale 9.0'),
+  (dict(top1_image_to_text=0.25), 'loss 2.000 (contrastive 2.000)  top-1 25.0%  scale 9.0'),   # as the sigmoid loss
+  ({}, 'loss 2.000 (contrastive 2.000)  scale 9.0'),   # no contrastive loss
+])
+def test_the_console_shows_what_the_objective_measures(measured, words):
+  others = dict(logit_scale=9.0, examples_per_second=8.0, data_wait=0.0, eta_seconds=1.0)
+  values = dict(loss=2.0, loss_contrastive=2.0, **measured, **others)
+  line = metrics.console_line(5, 10, {f'train/{name}': value for name, value in values.items()})
+  assert line == f'step 5/10 (50%)  {words}  8 pairs/s  data wait 0%  ETA 1 s'
+
+
 @pytest.mark.parametrize('changes, shards, parts', [
     (dict(train=dict(batch_size=60)), 8, ['train.batch_size', '60', '8']),
     (dict(train=dict(batch_size=64, accumulate=3)), 1, ['64', 'accumulate 3']),
