@@ -23,6 +23,7 @@ def check_batch(config: config_lib.Config, shards: int) -> None:
   Raises:
     UserError: naming the sizes.
   """
+  _at_least(config, 1, 'train.accumulate')
   batch, accumulate = config.train.batch_size, config.train.accumulate
   parts = shards * accumulate
   if batch < 1 or batch % parts:

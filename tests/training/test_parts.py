@@ -81,6 +81,8 @@ def test_the_console_shows_what_the_objective_measures(measured, words):
 @pytest.mark.parametrize('changes, shards, parts', [
     (dict(train=dict(batch_size=60)), 8, ['train.batch_size', '60', '8']),
     (dict(train=dict(batch_size=64, accumulate=3)), 1, ['64', 'accumulate 3']),
+    (dict(train=dict(accumulate=0)), 1, ['train.accumulate is 0; it must be at least 1']),
+    (dict(train=dict(accumulate=-1)), 1, ['train.accumulate is -1']),
     (dict(model=dict(batch_norm='group:32')), 8, ['model.batch_norm', '32', '16']),
     (dict(train=dict(accumulate=2)), 8, ['model.batch_norm', '16', '8', 'accumulate 2']),
     (dict(model=dict(batch_norm='batch')), 1, ["'batch'", 'group:N']),
