@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -121,6 +122,31 @@ def check_model(model: config_lib.Model) -> None:
     raise UserError(f'model.logit_scale_init is {model.logit_scale_init}; it must be above 0')
   if len(set(model.fusion.stages)) < len(model.fusion.stages):
     raise UserError(f'model.fusion.stages is {model.fusion.stages}; each pair can be there once')
+
+
+def check_numbers(config: config_lib.Config) -> None:
+  """Rates, fractions and temperatures, which would teach nothing, or the opposite, or first fail in a workdir that is taken.
+
+  Raises:
+    UserError: naming the first that is out of its range.
+  """
+  _at_least(config, 0, 'optimizer.learning_rate', 'optimizer.matrix_learning_rate', 'optimizer.weight_decay', 'optimizer.eps',
+            'optimizer.clip_norm', 'train.watchdog_minutes', 'checkpoint.every_minutes', 'evaluation.every_minutes',
+            'data.color_jitter')
+  _at_least(config, 1, 'objective.token_matching.num_iterations', 'objective.distillation.teacher_dim', 'data.max_pixels')
+  softening = [f'objective.contrastive.{name}.{end}' for name in ('alpha', 'beta') for end in ('start', 'end')]
+  _in_range(config, lambda value: 0 <= value <= 1, '0 to 1', 'optimizer.warmup_fraction', 'model.batch_norm_momentum',
+            'data.flip', 'data.first_caption', 'data.mask_fraction', 'data.max_faults', *softening)
+  _in_range(config, lambda value: 0 <= value < 1, 'at least 0 and below 1', 'model.text.dropout', 'model.image.drop_path',
+            'optimizer.b1', 'optimizer.b2', 'optimizer.ema_decay')
+  _in_range(config, lambda value: value > 0, 'above 0', 'objective.contrastive.target_temperature',
+            'objective.distillation.temperature', 'objective.token_matching.epsilon')
+
+
+def _in_range(config: Any, fits: Callable[[float], bool], what: str, *names: str) -> None:
+  for name in names:
+    if not fits(value := operator.attrgetter(name)(config)):
+      raise UserError(f'{name} is {value}; it must be {what}')
 
 
 def _at_least(config: Any, least: int, *names: str, prefix: str = '') -> None:

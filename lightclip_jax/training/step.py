@@ -102,6 +102,7 @@ class Trainer:
         another set of examples than it says.
     """
     checks.check_model(config.model)
+    checks.check_numbers(config)
     checks.check_batch(config, sharding.batch_shards(mesh))
     objective = Objective.from_config(config.objective, mesh=mesh, axes=sharding.BATCH_AXES)
     optimizer = optimizer_lib.make_optimizer(config.optimizer, config.train.steps)

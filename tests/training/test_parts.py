@@ -1,4 +1,5 @@
 """The small parts of a run: schedule, decay mask, meter, writer, checks."""
+import functools
 import json
 import math
 
@@ -103,6 +104,24 @@ def test_batches_that_do_not_divide(changes, shards, parts):
 def test_model_sizes_must_be_positive(changes, words):
   with pytest.raises(UserError, match=words):
     Trainer.create(config_lib.replace(TINY, model=changes), sharding.make_mesh(TINY.mesh, jax.devices()[:1]))
+
+
+@pytest.mark.parametrize('name, value, words', [
+  ('optimizer.clip_norm', -1.0, 'at least 0'),   # it turned each gradient round
+  ('optimizer.b1', 1.0, 'at least 0 and below 1'),
+  ('optimizer.ema_decay', 1.5, 'at least 0 and below 1'),
+  ('optimizer.warmup_fraction', 2.0, '0 to 1'),
+  ('model.text.dropout', 1.0, 'at least 0 and below 1'),
+  ('objective.contrastive.target_temperature', 0.0, 'above 0'),
+  ('objective.contrastive.alpha.end', 1.5, '0 to 1'),
+  ('objective.token_matching.epsilon', 0.0, 'above 0'),
+  ('objective.token_matching.num_iterations', 0, 'at least 1'),
+  ('checkpoint.every_minutes', -1.0, 'at least 0'),   # it saved every step
+])
+def test_numbers_must_be_in_their_ranges(name, value, words):
+  config = config_lib.replace(TINY, **functools.reduce(lambda tree, part: {part: tree}, reversed(name.split('.')), value))
+  with pytest.raises(UserError, match=f'^{name} is {value}; it must be {words}$'):
+    Trainer.create(config, sharding.make_mesh(TINY.mesh, jax.devices()[:1]))
 
 
 def test_counts_must_be_positive():
