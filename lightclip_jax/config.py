@@ -277,7 +277,10 @@ def load(spec: str, overrides: typing.Mapping[str, str] | None = None) -> Config
   for key, text in (overrides or {}).items():
     check_key(key)
     with values.unlocked(), values.ignore_type():   # `from_dict` checks types, and says more
-      values.update_from_flattened_dict({key: _literal(text)})
+      try:
+        values.update_from_flattened_dict({key: _literal(text)})
+      except KeyError as error:   # of a section that an override before has made a value
+        raise UserError(f'config.{key} is {text}, but what it is part of has a value already; give one of the two') from error
   return from_dict(values.to_dict())
 
 

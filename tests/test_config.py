@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import pathlib
 
 import pytest
 
@@ -41,6 +42,12 @@ def test_unknown_override_suggests_the_nearest_key():
     config_lib.check_key('model.imag.size')
   with pytest.raises(UserError, match='config.train.steps.x'):
     config_lib.check_key('train.steps.x')
+
+
+def test_an_override_of_a_part_beside_one_of_the_whole_is_one_line():
+  overrides = {'objective.contrastive.alpha': '0.1', 'objective.contrastive.alpha.end': '0.2'}
+  with pytest.raises(UserError, match='^config.objective.contrastive.alpha.end is 0.2, but .* give one of the two$'):
+    config_lib.load(str(pathlib.Path(__file__).parents[1] / 'configs/mbv2.py'), overrides)
 
 
 def test_replace_rejects_unknown_names():
