@@ -125,15 +125,18 @@ def _fitted(path: str, array: np.ndarray, ours: Any, report: Report, vocabulary:
     return np.concatenate([array[:rows], np.asarray(ours)[rows:]])
   if re.search(r'(position_embedding|relative_position_bias)$', path) and array.shape[-1] == shape[-1]:
     report.resized.append(note)
-    return _resized_positions(array, shape)
+    return (_resized_line if '/text/' in path else _resized_grid)(array, shape)
   hint = "; the policy 'skip' or 'rows' of config.init.vocabulary allows it" if 'token_embedding' in path else ''
   raise UserError(f'{path} has shape {array.shape}, the model needs {shape}{hint}')
 
 
-def _resized_positions(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-  """Positions interpolated: a line of texts [W, C]; a square grid [1, 1 + n², C] behind a class token; a square [n², N]."""
-  if array.ndim == 2 and not _side(len(array)) * _side(shape[0]):
-    return cv2.resize(array, (shape[1], shape[0]), interpolation=cv2.INTER_LINEAR)
+def _resized_line(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+  """Positions of texts [W, C], interpolated."""
+  return cv2.resize(array, (shape[1], shape[0]), interpolation=cv2.INTER_LINEAR)
+
+
+def _resized_grid(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+  """Positions interpolated over a square grid: [1, 1 + n², C] behind a class token, or [n², N]."""
   first = array.ndim - 2   # the class token, where there is one
   grid, side = array.reshape(-1, shape[-1])[first:], _side(shape[-2] - first)
   square = grid.reshape(_side(len(grid)), -1, shape[-1])

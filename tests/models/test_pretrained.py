@@ -59,9 +59,17 @@ def test_positions_are_interpolated(monkeypatch):
   assert got.shape == (1, 17, 3) and report.resized == ['params/image/position_embedding (1, 5, 3) -> (1, 17, 3)']
   np.testing.assert_allclose(got[:, 1:], 7, rtol=1e-5)
   np.testing.assert_allclose(got[:, 0], theirs['params']['image']['position_embedding'][:, 0], rtol=1e-5)
-  ramp = np.broadcast_to(np.arange(12.0)[:, None], (12, 4))
-  line = pretrained._resized_positions(ramp.astype(np.float32), (6, 4))
-  assert line.shape == (6, 4) and (np.diff(line[:, 0]) > 0).all() and abs(line.mean() - ramp.mean()) < 0.1
+
+
+@pytest.mark.parametrize('before, after', [(12, 6), (9, 16)])   # texts are a line, also where both are squares
+def test_positions_of_texts_are_a_line(before, after):
+  ours, theirs = vit(), vit()
+  ramp = np.broadcast_to(np.arange(before, dtype=np.float64)[:, None], (before, 4))
+  ours['params']['text']['position_embedding'] = np.zeros((after, 4))
+  theirs['params']['text']['position_embedding'] = ramp
+  new, _ = pretrained.restore_partially(theirs, ours, '^params/text')
+  line = new['params']['text']['position_embedding']
+  assert line.shape == (after, 4) and (np.diff(line[:, 0]) >= 0).all() and abs(line.mean() - ramp.mean()) < 0.1
 
 
 @pytest.mark.parametrize('policy', ['skip', 'rows'])
