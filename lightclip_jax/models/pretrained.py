@@ -72,16 +72,24 @@ def text_tower(file: str | pathlib.Path, variables: Variables, vocabulary: str =
   return _place(file, variables, 'text', converted, weights.get('text_projection'), vocabulary)
 
 
-def restore_partially(source: Variables, variables: Variables, pattern: str) -> tuple[Variables, Report]:
+def restore_partially(source: Variables, variables: Variables, pattern: str,
+                      vocabulary: str = 'error') -> tuple[Variables, Report]:
   """New variables: those of `source` (one of our own checkpoints) whose path matches the regular expression.
 
+  Args:
+    vocabulary: as for `text_tower`; the masked-language-model head's bias goes with the token embedding.
+
   Raises:
-    UserError: if nothing matches, or a shape does not fit.
+    UserError: if the pattern is no regular expression, nothing matches, or a shape does not fit.
   """
+  try:
+    re.compile(pattern)
+  except re.error as error:
+    raise UserError(f'config.init.checkpoint_pattern {pattern!r} is no regular expression: {error}') from error
   report, flat, theirs = Report(), _flatten(variables), _flatten(source)
   for path, array in theirs.items():
     if re.search(pattern, path) and path in flat:
-      flat[path] = _fitted(path, array, flat[path], report, 'error')
+      flat[path] = _fitted(path, array, flat[path], report, vocabulary)
   if not report.matched + report.resized:
     raise UserError(f'no parameter of the checkpoint matches {pattern!r}; they are named like {next(iter(theirs))!r}')
   report.missing = [path for path in flat if re.search(pattern, path) and path not in theirs]
@@ -116,7 +124,8 @@ def _fitted(path: str, array: np.ndarray, ours: Any, report: Report, vocabulary:
     report.matched.append(path)
     return array
   note = f'{path} {array.shape} -> {shape}'
-  if path.endswith('token_embedding/embedding') and array.shape[1:] == shape[1:] and vocabulary != 'error':
+  of_words = bool(re.search(r'(token_embedding/embedding|masked_lm/bias)$', path))
+  if of_words and array.shape[1:] == shape[1:] and vocabulary != 'error':
     if vocabulary == 'skip':
       report.skipped.append(note)
       return ours
@@ -126,7 +135,7 @@ def _fitted(path: str, array: np.ndarray, ours: Any, report: Report, vocabulary:
   if re.search(r'(position_embedding|relative_position_bias)$', path) and array.shape[-1] == shape[-1]:
     report.resized.append(note)
     return (_resized_line if '/text/' in path else _resized_grid)(array, shape)
-  hint = "; the policy 'skip' or 'rows' of config.init.vocabulary allows it" if 'token_embedding' in path else ''
+  hint = "; the policy 'skip' or 'rows' of config.init.vocabulary allows it" if of_words else ''
   raise UserError(f'{path} has shape {array.shape}, the model needs {shape}{hint}')
 
 

@@ -43,7 +43,7 @@ def _apply(config: config_lib.Config, variables: pretrained.Variables) -> tuple[
   init, lines = config.init, []
   if init.checkpoint:
     source = checkpoint.load(storage.path(init.checkpoint)).variables
-    variables, report = pretrained.restore_partially(source, variables, init.checkpoint_pattern)
+    variables, report = pretrained.restore_partially(source, variables, init.checkpoint_pattern, init.vocabulary)
     lines += [f'from {init.checkpoint!r}: {line}' for line in report.lines()]
   if init.image:
     variables, report = pretrained.image_tower(init.image, variables, config.model.image.name)

@@ -96,6 +96,21 @@ def test_parts_of_our_own_checkpoints():
   assert new['params']['image'] == ours['params']['image']
   with pytest.raises(UserError, match="no parameter of the checkpoint matches 'nothing'"):
     pretrained.restore_partially(theirs, ours, 'nothing')
+  with pytest.raises(UserError, match=r"checkpoint_pattern '\(' is no regular expression"):
+    pretrained.restore_partially(theirs, ours, '(')
+
+
+def test_a_checkpoint_of_another_vocabulary():
+  ours, theirs = vit(), vit()
+  theirs['params']['text']['token_embedding']['embedding'] = RNG.normal(size=(3, 4))
+  for variables, rows in ((ours, 5), (theirs, 3)):
+    variables['params']['training_only'] = {'masked_lm': {'bias': np.full(rows, float(rows))}}
+  with pytest.raises(UserError, match=r"has shape \(3, 4\), the model needs \(5, 4\); the policy 'skip'"):
+    pretrained.restore_partially(theirs, ours, '.*')
+  new, report = pretrained.restore_partially(theirs, ours, '.*', 'rows')
+  assert new['params']['training_only']['masked_lm']['bias'].tolist() == [3, 3, 3, 5, 5] and len(report.resized) == 2
+  new, report = pretrained.restore_partially(theirs, ours, '.*', 'skip')
+  assert new['params']['text']['token_embedding'] == ours['params']['text']['token_embedding'] and len(report.skipped) == 2
 
 
 @pytest.mark.parametrize('weights, words', [
