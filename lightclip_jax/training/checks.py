@@ -98,7 +98,9 @@ def check_steps(config: config_lib.Config) -> None:
   """
   _at_least(config, 1, 'train.steps', 'train.log_every', 'train.max_skipped', 'evaluation.batch_size', 'checkpoint.keep',
             'data.prefetch')
-  _at_least(config, 0, 'train.seed', 'data.max_masked', 'evaluation.every_steps', 'checkpoint.every_steps')
+  _at_least(config, 0, 'evaluation.every_steps', 'checkpoint.every_steps')
+  _at_least(config, 0 if config.objective.masked_lm.weight.is_zero else 1, 'data.max_masked')
+  _in_range(config, lambda value: 0 <= value < 1 << 63, 'at least 0 and below 2^63', 'train.seed')
   for name in ('crop_scale', 'crop_ratio'):
     low, high = getattr(config.data, name)
     if not 0 < low <= high:

@@ -129,6 +129,12 @@ def test_counts_must_be_positive():
     checks.check_steps(config_lib.replace(TINY, train=dict(steps=0)))
   with pytest.raises(UserError, match='train.seed is -1; it must be at least 0'):
     checks.check_steps(config_lib.replace(TINY, train=dict(seed=-1)))
+  with pytest.raises(UserError, match=r'train.seed is 9223372036854775808; .* below 2\^63'):
+    checks.check_steps(config_lib.replace(TINY, train=dict(seed=1 << 63)))
+  with pytest.raises(UserError, match='data.max_masked is 0; it must be at least 1'):   # of words that are to be guessed
+    checks.check_steps(config_lib.replace(TINY, data=dict(max_masked=0)))
+  unused = dict(masked_lm=dict(weight=config_lib.constant(0.0)))
+  checks.check_steps(config_lib.replace(TINY, data=dict(max_masked=0), objective=unused))
   with pytest.raises(UserError, match=r'data.crop_ratio is \(0.0, 1.0\)'):
     checks.check_steps(config_lib.replace(TINY, data=dict(crop_ratio=(0.0, 1.0))))
 
