@@ -63,7 +63,7 @@ STUDIES: dict[str, dict[str, Options]] = {   # name -> row -> options; everythin
                **{f'weight {w}': MATCHING_ONLY | {f'objective.token_matching.weight.{end}': w for end in ('start', 'end')}
                   for w in (0.1, 0.3, 1.0)},
                **_each('objective.token_matching.epsilon', (0.02, 0.2), MATCHING_ONLY),
-               **_each('objective.token_matching.num_iterations', (0, 5), MATCHING_ONLY),
+               **_each('objective.token_matching.num_iterations', (1, 5), MATCHING_ONLY),
                **_each('objective.token_matching.group_size', (4, 32), MATCHING_ONLY)},
   'mosaic': {f'{row}{f", mosaic {share}" if share else ""}': {**options, **({'data.mosaic': share} if share else {})}
              for share in (0.0, 0.25, 0.5) for row, options in

@@ -16,6 +16,7 @@ from lightclip_jax.errors import UserError
 FREE = ('train.log_every', 'train.accumulate', 'train.text_lengths', 'train.max_skipped', 'train.name_nans',
         'train.watchdog_minutes', 'train.watchdog_exit', 'checkpoint', 'evaluation', 'mesh', 'data.workers', 'data.prefetch',
         'data.dataset', 'data.tokenizer', 'data.image_root', 'data.max_faults', 'name')
+SCORED = ('checkpoint.best', 'checkpoint.best_mode')   # these may not, once there are scores: two kinds do not compare
 
 
 def check_batch(config: config_lib.Config, shards: int) -> None:
@@ -96,7 +97,8 @@ def check_steps(config: config_lib.Config) -> None:
   Raises:
     UserError: naming the first that is not.
   """
-  _at_least(config, 1, 'train.steps', 'train.log_every', 'train.max_skipped', 'evaluation.batch_size', 'checkpoint.keep',
+  _in_range(config, lambda value: 1 <= value < 1 << 31, 'at least 1 and below 2^31', 'train.steps')
+  _at_least(config, 1, 'train.log_every', 'train.max_skipped', 'evaluation.batch_size', 'checkpoint.keep',
             'data.prefetch')
   _at_least(config, 0, 'evaluation.every_steps', 'checkpoint.every_steps')
   _at_least(config, 0 if config.objective.masked_lm.weight.is_zero else 1, 'data.max_masked')
@@ -180,7 +182,8 @@ def is_claimed(workdir: storage.Path, config: config_lib.Config) -> bool:
   except ValueError as error:
     raise UserError(f'{str(path)!r} is not JSON ({error}); use another --workdir') from error
   now = _flat(json.loads(json.dumps(dataclasses.asdict(config))))
-  names = [name for name in sorted(before.keys() | now.keys()) if not _is_free(name)]
+  fixed = SCORED if before['checkpoint.best'] else ()
+  names = [name for name in sorted(before.keys() | now.keys()) if name in fixed or not _is_free(name)]
   differing = [name for name in names if before.get(name) != now.get(name)]
   if differing:
     shown = ', '.join(f'{name} {before.get(name)!r} there, {now.get(name)!r} here' for name in differing[:3])

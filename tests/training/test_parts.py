@@ -127,6 +127,8 @@ def test_numbers_must_be_in_their_ranges(name, value, words):
 def test_counts_must_be_positive():
   with pytest.raises(UserError, match='train.steps is 0'):
     checks.check_steps(config_lib.replace(TINY, train=dict(steps=0)))
+  with pytest.raises(UserError, match=r'train.steps is 2147483648; .* below 2\^31'):
+    checks.check_steps(config_lib.replace(TINY, train=dict(steps=1 << 31)))
   with pytest.raises(UserError, match='train.seed is -1; it must be at least 0'):
     checks.check_steps(config_lib.replace(TINY, train=dict(seed=-1)))
   with pytest.raises(UserError, match=r'train.seed is 9223372036854775808; .* below 2\^63'):
@@ -191,6 +193,17 @@ def test_workdir_belongs_to_one_config(tmp_path):
   (tmp_path / 'run' / 'config.json').write_text('{')
   with pytest.raises(UserError, match='not JSON'):
     checks.claim_workdir(tmp_path / 'run', TINY)
+
+
+def test_what_is_best_stays_what_it_was(tmp_path):
+  claim = lambda **options: checks.claim_workdir(tmp_path, config_lib.replace(TINY, checkpoint=options))
+  claim(best_mode='min')
+  claim(best='eval/a/b')   # there are no scores yet
+  claim(best='eval/a/b', keep=7)
+  for options, said in (dict(best='eval/a/c'), "checkpoint.best 'eval/a/b' there, 'eval/a/c' here"), (
+      dict(best='eval/a/b', best_mode='min'), "best_mode 'max' there, 'min' here"):
+    with pytest.raises(UserError, match=said):
+      claim(**options)
 
 
 def test_free_options_exist():
