@@ -72,7 +72,8 @@ WEB = replace(   # softened, as the paper has it: what that does with captions o
     Config(),
     model=dict(compute_dtype='bfloat16', text=dict(vocab_size=32_768)),
     data=dict(max_masked=12),
-    objective=dict(contrastive=dict(alpha=Schedule(0.0, 0.1), duplicates='positive')))
+    objective=dict(contrastive=dict(alpha=Schedule(0.0, 0.1), duplicates='positive')),
+    evaluation=dict(splits=('heldout',)))   # what holdout_every leaves out
 
 CC3M = replace(WEB, data=dict(dataset='cc3m'), train=dict(steps=45_000, batch_size=2048))
 

@@ -6,6 +6,7 @@ import pytest
 
 from lightclip_jax import config as config_lib
 from lightclip_jax import sharding
+from lightclip_jax.data import sources
 from lightclip_jax.errors import UserError
 from lightclip_jax.training import checks, loop
 from lightclip_jax.training.step import Trainer
@@ -30,6 +31,11 @@ def test_every_variant_fits_together(tower, variant):
 def test_a_pod_divides_the_yfcc_batch():
   config = config_lib.load(f'{CONFIGS / "mbv2.py"}:yfcc15m')
   checks.check_batch(config, 256)
+
+
+@pytest.mark.parametrize('variant', ('cc3m', 'yfcc15m'))
+def test_prepared_folders_are_evaluated_on_what_they_hold_out(variant):
+  assert config_lib.load(f'{CONFIGS / "mbv2.py"}:{variant}').evaluation.splits == (sources.HELDOUT,)
 
 
 def test_the_default_variant_is_emoji():
