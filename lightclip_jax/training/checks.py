@@ -77,7 +77,9 @@ def check_splits(config: config_lib.Config, folder: storage.Path) -> None:
     raise UserError(f'evaluation.splits is empty; it must name one of {", ".join(contents.splits)} '
                     '(data.holdout_every makes one of KIND:PATH)')
   for split in config.evaluation.splits:
-    contents.split(split)
+    if split not in contents.splits:
+      raise UserError(f'evaluation.splits names {split!r}, which {config.data.dataset!r} does not have; it has: '
+                      f'{", ".join(contents.splits)} (data.holdout_every makes one of KIND:PATH)')
 
 
 def check_teacher(config: config_lib.Config, dim: int) -> None:
