@@ -216,6 +216,10 @@ def test_errors(folder, tmp_path):
     evaluate.evaluate_all(Oracle(folder, None), tmp_path / 'missing', SPLITS)
 
 
+def test_the_users_own_split_is_a_task_but_none_of_the_built_in_data():
+  assert list(tasks.choose(['heldout'])) == ['heldout'] and 'heldout' not in tasks.choose(['all'])
+
+
 def test_a_task_is_one_entry(folder, monkeypatch):
   monkeypatch.setitem(tasks.TASKS, 'mine', lambda session: [metrics.Metric(f'x_{session.manifest.name}', 0.5, 4, 0.25)])
   got = evaluate.run(Session(Oracle(folder, None), folder), tasks.choose(['mine']))

@@ -6,6 +6,7 @@ A task takes a `Session` and returns its metrics by their short names; in logs a
 import functools
 from collections.abc import Callable, Sequence
 
+from lightclip_jax.data import sources
 from lightclip_jax.errors import UserError
 from lightclip_jax.evaluation import image_sets
 from lightclip_jax.evaluation.labelled import ImageSet
@@ -21,6 +22,7 @@ TASKS: dict[str, Task] = {
   'heldout_concepts': functools.partial(prepared.run, split='heldout_concepts'),
   'flags': functools.partial(within_group.run, group='flags'),
   'pointing': pointing.run,
+  sources.HELDOUT: functools.partial(prepared.run, split=sources.HELDOUT),
 }
 ON_IMAGE_SETS: dict[str, Callable[[Session, ImageSet], list[Metric]]] = {
   'zero_shot': zero_shot.run,
@@ -32,7 +34,8 @@ ON_FILES: dict[str, Callable[[Session, str], list[Metric]]] = {
   'retrieval': karpathy.run,
 }
 # What `--task=all` runs: all that needs no data but the package's own.
-BUILT_IN = (*TASKS, *(f'{kind}:digits' for kind in ON_IMAGE_SETS), 'knn:concepts', 'knn:groups', 'linear_probe:groups')
+BUILT_IN = (*(name for name in TASKS if name != sources.HELDOUT), *(f'{kind}:digits' for kind in ON_IMAGE_SETS),
+            'knn:concepts', 'knn:groups', 'linear_probe:groups')
 
 
 def find(name: str) -> Task:
