@@ -13,7 +13,7 @@ REASONS = {
     'missing': 'the file is not there or cannot be read',
     'outside': 'the path or link leaves the data folder',
     'damaged': 'the record or archive is cut off or malformed',
-    'duplicate': 'another record of the archive has the same key',
+    'duplicate': 'another record has the same key or image',
     'empty': 'the image has no bytes',
     'not_image': 'the image is of no known format',
     'truncated': 'the image is cut off or corrupt',

@@ -39,7 +39,7 @@ def test_what_is_kept_and_what_is_counted(tmp_path, capsys):
   assert {r.captions[0] for r in records} >= {f'a thing & {i:04d}' for i in range(20) if i != 3}
   assert {min(transforms.decode(r.image).shape[:2]) for r in records} == {16}
   said = capsys.readouterr().out
-  for line in ('1 truncated', '1 no_caption', '1 duplicate'):
+  for line in ('1 truncated', '1 no_caption', '1 duplicate (another record has the same key or image)'):
     assert line in said and line in (out / 'summary.txt').read_text()
   assert transforms.decode((out / 'contact_sheet.jpg').read_bytes()).shape == (768, 768, 3)
   assert sorted(file.suffix for file in out.iterdir()) == sorted(
