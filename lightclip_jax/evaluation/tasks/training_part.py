@@ -10,5 +10,6 @@ def needs_training(images: ImageSet) -> tuple[Part, ...]:
     UserError: for a set that has none.
   """
   if not images.train:
-    raise UserError(f'{images.name!r} has no training images, from which a probe would learn')
+    raise UserError(f'{images.name!r} has no training images, from which a probe would learn; '
+                    'a folder needs train/CLASS/ and test/CLASS/')
   return images.train
