@@ -5,7 +5,7 @@ Letters: b examples that a tower gets at a time, S image size, W text positions,
 import importlib
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,21 +37,22 @@ def format_of(folder: pathlib.Path) -> str:
     return 'another program'
 
 
-def describe(folder: pathlib.Path) -> tuple[dict[str, Any], dict[str, pathlib.Path]]:
+def describe(folder: pathlib.Path, kinds: Sequence[str] = ('onnx', 'stablehlo')) -> tuple[dict[str, Any], dict[str, pathlib.Path]]:
   """What `model.json` says, `FIELDS` at least, and the files 'image', 'text' and 'tokenizer' that it names.
 
   Raises:
-    UserError: if it cannot be read, is of a format that nothing here runs, or a file that it names is missing.
+    UserError: if it cannot be read, is of none of these formats, or a file that it names is missing.
   """
   try:
     about = json.loads((folder / MODEL_FILE).read_text(encoding='utf-8'))
     kind = about['format']
-    files = {name: folder / about[name] for name in ('image', 'text', 'tokenizer')} if kind in READERS else {}
+    files = {name: folder / about[name] for name in ('image', 'text', 'tokenizer')} if kind in kinds else {}
     missing = [name for name in FIELDS if name not in about]
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise UserError(f'{str(folder / MODEL_FILE)!r} does not describe an exported model ({error!r})') from error
-  if kind not in READERS:
-    raise UserError(f'{str(folder)!r} is an export for {kind}; load the checkpoint, or an export for {" or ".join(READERS)}')
+  if kind not in kinds:
+    raise UserError(f'{str(folder)!r} is an export for {kind}; this takes one for {" or ".join(kinds)}: '
+                    f'python -m lightclip_jax.export --format={kinds[0]}')
   if missing:
     raise UserError(f'{str(folder / MODEL_FILE)!r} does not describe an exported model (it lacks {", ".join(missing)})')
   for name, file in files.items():

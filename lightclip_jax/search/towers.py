@@ -26,12 +26,9 @@ class Export:
   def __init__(self, folder: pathlib.Path):
     """Raises UserError if the folder is no export with ONNX towers, or names files outside of it."""
     self.folder = folder.absolute()
-    self.about, self.files = exported.describe(self.folder)
+    self.about, self.files = exported.describe(self.folder, ('onnx',))
     heads = self.about.get('tokens') or {}
     self.files |= {f'{name} tokens': self.folder / heads[name] for name in ('image', 'text') if name in heads}
-    if self.about['format'] != 'onnx':
-      raise UserError(f'{str(folder)!r} is an export for {self.about["format"]}; the search runs ONNX towers: '
-                      'python -m lightclip_jax.export --format=onnx')
     for name, file in self.files.items():
       if file.resolve().parent != self.folder.resolve():
         raise UserError(f'the {name} file {file.name!r} of {str(folder)!r} lies elsewhere; it must lie in that folder')
