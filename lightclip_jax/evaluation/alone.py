@@ -46,7 +46,7 @@ def evaluate(path: storage.Path, chosen: Mapping[str, tasks.Task], out: str, *, 
     raise UserError(f'the tokenizer in {str(path)!r} has {loaded.tokenizer.vocab_size} pieces; '
                     f"its model's vocabulary has {config.model.text.vocab_size}")
   embedder = Embedder(lightclip.LightCLIP(config.model), config.model, loaded.variables, loaded.tokenizer,
-                      batch_size=batch_size or config.evaluation.batch_size)
+                      batch_size=config.evaluation.batch_size if batch_size is None else batch_size)
   folder = functools.partial(datasets.resolve, data or config.data.dataset, config.data)
   session = Session(embedder, folder, templates=templates, token_matching=config.objective.token_matching)
   chosen = chosen or evaluation.of_splits(config.evaluation.splits) | tasks.choose(config.evaluation.tasks)

@@ -37,12 +37,14 @@ def format_of(folder: pathlib.Path) -> str:
     return 'another program'
 
 
-def describe(folder: pathlib.Path, kinds: Sequence[str] = ('onnx', 'stablehlo')) -> tuple[dict[str, Any], dict[str, pathlib.Path]]:
+def describe(folder: pathlib.Path, kinds: Sequence[str] = ()) -> tuple[dict[str, Any], dict[str, pathlib.Path]]:
   """What `model.json` says, `FIELDS` at least, and the files 'image', 'text' and 'tokenizer' that it names.
 
   Raises:
-    UserError: if it cannot be read, is of none of these formats, or a file that it names is missing.
+    UserError: if it cannot be read, is of none of these formats (all that `READERS` knows, if not given), or a file that it
+      names is missing.
   """
+  kinds = kinds or tuple(READERS)
   try:
     about = json.loads((folder / MODEL_FILE).read_text(encoding='utf-8'))
     kind = about['format']

@@ -10,6 +10,7 @@ import pytest
 from lightclip_jax import config, evaluate
 from lightclip_jax.data import pipeline
 from lightclip_jax.data.datasets import shapes
+from lightclip_jax.errors import UserError
 from lightclip_jax.evaluation import evaluate as evaluation
 from lightclip_jax.evaluation import gallery, insight, matching, metrics, report
 from lightclip_jax.evaluation.embed import Embedder
@@ -58,6 +59,8 @@ def test_the_command_writes_what_the_function_measures(folder, loaded, session, 
   evaluate.main(evaluate.parse(['--checkpoint=run', f'--out={out}']))
   names = {m['name'].split('/')[1] for m in json.loads(out.read_text())['metrics']}
   assert names == set(loaded.config.evaluation.splits)
+  with pytest.raises(UserError, match='evaluation batch size is 0'):   # not the config's
+    evaluate.main(evaluate.parse(['--checkpoint=run', '--batch_size=0', f'--out={out}']))
 
 
 def test_embeddings_are_unit_vectors_whatever_the_batch(session, folder, loaded):

@@ -172,7 +172,7 @@ def test_mistakes_are_one_clear_line(made, export_folder, tmp_path):
       (['index', pictures_folder, f'--model={other}', f'--out={built}'], 'is of the model'),
       (['index', str(tmp_path), model, f'--out={built}'], 'is of the pictures'),
       (['index', pictures_folder, f'--model={tmp_path}', '--out=x'], 'does not describe an exported model'),
-      (['index', pictures_folder, f'--model={jax_only}', '--out=x'], 'is an export for stablehlo; this takes one for onnx: python'),
+      (['index', pictures_folder, f'--model={jax_only}', '--out=x'], 'is an export for stablehlo; this takes one for onnx: pyth'),
       (['serve', f'--model={outside}'], 'lies elsewhere'), (['serve', f'--model={linked}'], 'lies elsewhere')):
     with pytest.raises(UserError, match=words) as error:
       command.main(arguments)

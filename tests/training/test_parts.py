@@ -172,7 +172,7 @@ def test_no_split_to_evaluate_is_said_at_the_start(tmp_path):
   shapes.prepare(tmp_path / 'data', size=16)
   with pytest.raises(UserError, match='evaluation.splits is empty.*heldout_style'):
     checks.check_splits(config_lib.replace(TINY, evaluation=dict(splits=())), tmp_path / 'data')
-  with pytest.raises(UserError, match="evaluation.splits names 'nope', which 'shapes' does not have; .*heldout_style.*holdout_every"):
+  with pytest.raises(UserError, match="evaluation.splits names 'nope', which 'shapes' does not have; .*heldout_style.*holdout"):
     checks.check_splits(config_lib.replace(TINY, evaluation=dict(splits=('nope',))), tmp_path / 'data')
 
 
