@@ -136,16 +136,17 @@ def check_numbers(config: config_lib.Config) -> None:
   Raises:
     UserError: naming the first that is out of its range.
   """
-  _at_least(config, 0, 'optimizer.learning_rate', 'optimizer.matrix_learning_rate', 'optimizer.weight_decay', 'optimizer.eps',
+  _at_least(config, 0, 'optimizer.learning_rate', 'optimizer.matrix_learning_rate', 'optimizer.weight_decay',
             'optimizer.clip_norm', 'train.watchdog_minutes', 'checkpoint.every_minutes', 'evaluation.every_minutes',
-            'data.color_jitter')
+            'data.color_jitter', *(f'objective.{term}.weight.{end}' for end in ('start', 'end')
+                                   for term in ('contrastive', 'token_matching', 'masked_lm', 'distillation')))
   _at_least(config, 1, 'objective.token_matching.num_iterations', 'objective.distillation.teacher_dim', 'data.max_pixels')
   softening = [f'objective.contrastive.{name}.{end}' for name in ('alpha', 'beta') for end in ('start', 'end')]
-  _in_range(config, lambda value: 0 <= value <= 1, '0 to 1', 'optimizer.warmup_fraction', 'model.batch_norm_momentum',
-            'data.flip', 'data.first_caption', 'data.mask_fraction', 'data.max_faults', *softening)
+  _in_range(config, lambda value: 0 <= value <= 1, '0 to 1', 'optimizer.warmup_fraction', 'data.flip',
+            'data.first_caption', 'data.mask_fraction', 'data.max_faults', *softening)
   _in_range(config, lambda value: 0 <= value < 1, 'at least 0 and below 1', 'model.text.dropout', 'model.image.drop_path',
-            'optimizer.b1', 'optimizer.b2', 'optimizer.ema_decay')
-  _in_range(config, lambda value: value > 0, 'above 0', 'objective.contrastive.target_temperature',
+            'model.batch_norm_momentum', 'optimizer.b1', 'optimizer.b2', 'optimizer.ema_decay')
+  _in_range(config, lambda value: value > 0, 'above 0', 'optimizer.eps', 'objective.contrastive.target_temperature',
             'objective.distillation.temperature', 'objective.token_matching.epsilon')
 
 

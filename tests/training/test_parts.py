@@ -110,7 +110,10 @@ def test_model_sizes_must_be_positive(changes, words):
   ('optimizer.clip_norm', -1.0, 'at least 0'),   # it turned each gradient round
   ('optimizer.b1', 1.0, 'at least 0 and below 1'),
   ('optimizer.ema_decay', 1.5, 'at least 0 and below 1'),
+  ('optimizer.eps', 0.0, 'above 0'),   # the row of a word that no batch has shown became not a number
   ('optimizer.warmup_fraction', 2.0, '0 to 1'),
+  ('model.batch_norm_momentum', 1.0, 'at least 0 and below 1'),   # statistics that never move
+  ('objective.masked_lm.weight.end', -0.5, 'at least 0'),
   ('model.text.dropout', 1.0, 'at least 0 and below 1'),
   ('objective.contrastive.target_temperature', 0.0, 'above 0'),
   ('objective.contrastive.alpha.end', 1.5, '0 to 1'),
