@@ -3,7 +3,6 @@
 A process is one host of a TPU slice, one task of SLURM, or one of several on a single machine.
 """
 import contextlib
-import glob
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -40,7 +39,19 @@ def find(environment: Mapping[str, str]) -> dict[str, Any] | None:
     first = _first_node(environment['SLURM_STEP_NODELIST'])
     return dict(coordinator_address=f'{first}:{_PORT + int(environment["SLURM_JOB_ID"]) % 4096}',
                 num_processes=int(environment['SLURM_NTASKS']), process_id=int(environment['SLURM_PROCID']))
-  return {} if ',' in environment.get('TPU_WORKER_HOSTNAMES', '') or glob.glob('/dev/accel*') else None
+  return {} if _is_slice(environment) else None
+
+
+def _is_slice(environment: Mapping[str, str]) -> bool:
+  """Whether this is a host of a TPU slice, whose hosts JAX finds: GKE names them here, a Cloud TPU VM in its metadata.
+
+  Device files do not tell: v4's are /dev/accel0 and so on, v5e's and later ones' are VFIO's. JAX itself, when it was imported,
+  has looked for chips: it sets TPU_ML_PLATFORM where it found some, and TPU_SKIP_MDS_QUERY where there are no metadata to ask.
+  """
+  hosts = environment.get('TPU_PROCESS_ADDRESSES', environment.get('TPU_WORKER_HOSTNAMES'))
+  if hosts:
+    return ',' in hosts or environment.get('MEGASCALE_NUM_SLICES', '1') != '1'
+  return 'TPU_ML_PLATFORM' in environment and 'TPU_SKIP_MDS_QUERY' not in environment
 
 
 def _plain(environment: Mapping[str, str]) -> dict[str, Any]:
@@ -71,12 +82,12 @@ def initialize(timeout: int | None = None) -> None:
     timeout: seconds to wait for the others; None: $LIGHTCLIP_START_TIMEOUT, else 300.
 
   Raises:
-    UserError: if they do not all come in time.
+    UserError: if they do not all come in time, or the variable is no number.
   """
   arguments = find(os.environ)
   if arguments is None or arguments.get('num_processes') == 1:
     return
-  seconds = int(os.environ.get('LIGHTCLIP_START_TIMEOUT', 300)) if timeout is None else timeout
+  seconds = _start_timeout() if timeout is None else timeout
   try:
     jax.distributed.initialize(**arguments, initialization_timeout=seconds, heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
                                shutdown_timeout_seconds=30)
@@ -85,6 +96,13 @@ def initialize(timeout: int | None = None) -> None:
     raise UserError(f'{who} waited {seconds} s for the others at {arguments.get("coordinator_address", "their addresses")}: '
                     'start the same command on every host, open that port between them, and set '
                     f'LIGHTCLIP_START_TIMEOUT for slow starts ({str(error).splitlines()[0][:120]})') from error
+
+
+def _start_timeout() -> int:
+  text = os.environ.get('LIGHTCLIP_START_TIMEOUT', '300')
+  if not text.isdecimal():
+    raise UserError(f'LIGHTCLIP_START_TIMEOUT is {text!r}; it must be a number of seconds')
+  return int(text)
 
 
 def say(text: str) -> None:

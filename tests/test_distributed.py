@@ -27,10 +27,30 @@ SLURM = dict(SLURM_JOB_ID='4097', SLURM_NTASKS='2', SLURM_PROCID='1', SLURM_STEP
     (SLURM | dict(SLURM_NTASKS='1'), None),
     (dict(TPU_WORKER_HOSTNAMES='a,b'), {}),
     (dict(TPU_WORKER_HOSTNAMES='localhost'), None),
+    (dict(TPU_PROCESS_ADDRESSES='a:8476,b:8476'), {}),
+    (dict(TPU_WORKER_HOSTNAMES='localhost', MEGASCALE_NUM_SLICES='2'), {}),
+    (dict(TPU_WORKER_HOSTNAMES='localhost', TPU_ML_PLATFORM='JAX'), None),
+    (dict(TPU_ML_PLATFORM='JAX'), {}),
+    (dict(TPU_ML_PLATFORM='JAX', TPU_SKIP_MDS_QUERY='1'), None),
 ])
-def test_what_the_environment_says(monkeypatch, environment, found):
-  monkeypatch.setattr(distributed.glob, 'glob', lambda pattern: [])
+def test_what_the_environment_says(environment, found):
   assert distributed.find(environment) == found
+
+
+@pytest.mark.parametrize('device', ['0x005e', '0x0063', '0x006f'])   # a v4, whose files are /dev/accel*, a v5e and a v6e
+def test_a_cloud_tpu_is_found_by_its_chips(monkeypatch, tmp_path, device):
+  # JAX marks the environment when it is imported; this is that part of it, with chips that are not there.
+  chip = tmp_path / 'sys' / 'chip'
+  chip.mkdir(parents=True)
+  (chip / 'vendor').write_text('0x1ae0\n')
+  (chip / 'device').write_text(f'{device}\n')
+  script = (f'import glob, os, sys, types\nfind = glob.glob\nsys.modules["libtpu"] = types.SimpleNamespace('
+            f'get_library_path=lambda: "{tmp_path}/libtpu.so")\n'
+            f'glob.glob = lambda name, *a, **k: ["{chip}/vendor"] if name.startswith("/sys/bus/pci") else find(name, *a, **k)\n'
+            'from lightclip_jax import distributed\nprint(distributed.find(os.environ))')
+  clean = {name: value for name, value in os.environ.items() if not name.startswith(('TPU_', 'JAX_'))}
+  said = subprocess.run([sys.executable, '-c', script], env=clean, text=True, capture_output=True)
+  assert said.stdout == '{}\n', said.stderr
 
 
 @pytest.mark.parametrize('nodes, first', [('a', 'a'), ('a,b', 'a'), ('gpu[03-05,9]', 'gpu03'), ('n[7,9],m1', 'n7'),
@@ -62,6 +82,13 @@ def test_failing_to_start_gives_advice(monkeypatch):
   with pytest.raises(UserError, match='process 3 of 4 waited 7 s .*10.0.0.1:1234.*same command on every host') as error:
     distributed.initialize()
   assert '\n' not in str(error.value)
+
+
+def test_a_timeout_that_is_no_number(monkeypatch):
+  for name, value in (PLAIN | dict(LIGHTCLIP_START_TIMEOUT='5m')).items():
+    monkeypatch.setenv(name, value)
+  with pytest.raises(UserError, match="LIGHTCLIP_START_TIMEOUT is '5m'"):
+    distributed.initialize()
 
 
 def test_one_process_needs_nobody(capsys):
