@@ -12,6 +12,7 @@
 # --attempts=N      how often to start again (default 100)
 # --dry-run         print every command, run none
 set -euo pipefail
+PYTHON_VERSION=3.12   # the hosts' own is 3.10, which JAX has left behind
 
 fail() { echo "error: $1" >&2; exit 2; }
 name='' zone='' type='' project='' runtime='' nfs='' existing=false spot=false keep=false dry=false attempts=100
@@ -70,13 +71,15 @@ ready() { $existing || { ! $dry && [ "$(state)" = ACTIVE ]; } || create; }
 delete() { run gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet; }
 install() {
   local archive=${TMPDIR:-/tmp}/lightclip_jax.$$.tar.gz
-  run tar -czf "$archive" -C "$root" --exclude=.git --exclude=.venv --exclude=runs .
-  run gcloud compute tpus tpu-vm scp "$archive" "$name:lightclip_jax.tar.gz" "${where[@]}" --worker=all
-  run rm -f "$archive"
-  on_all "mkdir -p lightclip_jax && tar -xzf lightclip_jax.tar.gz -C lightclip_jax && cd lightclip_jax && \
-python3 -m venv .venv && .venv/bin/pip install --quiet -r requirements.txt 'jax[tpu]' gcsfs"
-  [ -z "$nfs" ] || on_all "mountpoint -q /mnt/share || { sudo apt-get install -yq nfs-common && sudo mkdir -p /mnt/share && \
-sudo mount $(printf %q "$nfs") /mnt/share && sudo chmod a+rwx /mnt/share; }"
+  run tar -czf "$archive" -C "$root" --exclude=.git --exclude=.venv --exclude=runs . &&
+    run gcloud compute tpus tpu-vm scp "$archive" "$name:lightclip_jax.tar.gz" "${where[@]}" --worker=all &&
+    run rm -f "$archive" &&
+    on_all "mkdir -p lightclip_jax && tar -xzf lightclip_jax.tar.gz -C lightclip_jax && cd lightclip_jax && \
+PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv && python3 -m uv python install --quiet $PYTHON_VERSION && \
+PYTHON=\$(python3 -m uv python find --system $PYTHON_VERSION) ACCELERATOR=tpu bash launch/setup.sh && \
+.venv/bin/python -m pip install --quiet gcsfs" &&
+    { [ -z "$nfs" ] || on_all "mountpoint -q /mnt/share || { sudo apt-get install -yq nfs-common && sudo mkdir -p /mnt/share && \
+sudo mount $(printf %q "$nfs") /mnt/share && sudo chmod a+rwx /mnt/share; }"; }
 }
 train() { on_all "cd lightclip_jax && exec .venv/bin/python -m lightclip_jax.main $(printf '%q ' "$@")"; }
 

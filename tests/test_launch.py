@@ -17,6 +17,7 @@ RECORD = '''#!/usr/bin/env bash
 { printf '%q ' "$(basename "$0")" "$@"; echo; } >> "$CALLS"
 case "$(basename "$0") $*" in
   *"queued-resources describe"*) head -n 1 "$STATES"; [ "$(wc -l < "$STATES")" = 1 ] || sed -i 1d "$STATES" ;;
+  *launch/setup.sh*) exit "$INSTALL" ;;
   *lightclip_jax.main*) code=$(head -n 1 "$CODES"); sed -i 1d "$CODES"; exit "${code:-0}" ;;
   *apply*) cat > "$YAML" ;;
 esac
@@ -25,19 +26,19 @@ esac
 
 @pytest.fixture
 def launch(tmp_path):
-  """(script, arguments, states of the slice, exit codes of the training) -> (the finished process, recorded calls)."""
+  """(script, arguments, states of the slice, exit codes of training and installation) -> (the process, recorded calls)."""
   programs = tmp_path / 'bin'
   programs.mkdir()
   for name in ('gcloud', 'kubectl', 'srun', 'scontrol'):
     (programs / name).write_text(RECORD)
     (programs / name).chmod(0o755)
 
-  def run(script, *arguments, states=('GONE',), codes=(0,)):
+  def run(script, *arguments, states=('GONE',), codes=(0,), install=0):
     files = {name: tmp_path / name for name in ('CALLS', 'STATES', 'CODES', 'YAML')}
     for name, lines in (('CALLS', ()), ('STATES', states), ('CODES', codes)):
       files[name].write_text(''.join(f'{line}\n' for line in lines))
     environment = {**os.environ, **{name: str(path) for name, path in files.items()}, 'POLL_SECONDS': '0',
-                   'PYTHON': sys.executable, 'SLURM_JOB_ID': '17', 'TMPDIR': str(tmp_path),
+                   'INSTALL': str(install), 'PYTHON': sys.executable, 'SLURM_JOB_ID': '17', 'TMPDIR': str(tmp_path),
                    'PATH': f'{programs}{os.pathsep}{os.environ["PATH"]}'}
     done = subprocess.run(['bash', str(LAUNCH / script), *arguments], env=environment, capture_output=True, text=True,
                           timeout=60)
@@ -92,6 +93,52 @@ def test_tpu_pod_does_not_repeat_a_mistake_or_delete_what_it_did_not_make(launch
   done, calls = launch('tpu_pod.sh', *POD, '--attempts=2', '--', *FLAGS, states=['GONE', 'FAILED'])
   assert done.returncode == 1 and done.stderr.count('the request for clip is FAILED') == 2
   assert not any('lightclip_jax.main' in word for call in calls for word in call)
+
+
+def test_tpu_pod_trains_only_where_it_is_installed(launch):
+  done, calls = launch('tpu_pod.sh', '--name=clip', '--zone=z', '--existing', '--attempts=2', '--', *FLAGS, install=1)
+  remote = [word for call in calls for word in call if 'launch/setup.sh' in word]
+  assert done.returncode == 1 and len(remote) == 2 and not any('lightclip_jax.main' in word for call in calls for word in call)
+  assert all('ACCELERATOR=tpu' in word and 'uv python install --quiet 3.12 ' in word for word in remote)
+
+
+BARE = 'tpu' if os.path.exists('/dev/accel0') or os.path.exists('/dev/vfio/0') else 'cpu'   # this machine, without a GPU
+PYTHON = f'''#!/usr/bin/env bash
+case "$*" in
+  -c*) exec {shlex.quote(sys.executable)} "$@" ;;
+  "-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
+  *) printf '%s\\n' "${{@: -1}}" >> installed ;;
+esac
+'''
+
+
+def set_up(folder, gpu='', **environment):
+  """Sources setup.sh in a checkout where nvidia-smi says `gpu`; the process, and for what JAX was installed so far."""
+  for name, text in {'launch/setup.sh': (LAUNCH / 'setup.sh').read_text(), 'requirements.txt': 'jax', 'python': PYTHON,
+                     'bin/nvidia-smi': f'#!/usr/bin/env bash\necho "{gpu}"\n'}.items():
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text(text)
+    (folder / name).chmod(0o755)
+  environment = {'PATH': f'{folder}/bin:{os.environ["PATH"]}', 'PYTHON': str(folder / 'python'), **environment}
+  done = subprocess.run(['bash', folder / 'launch/setup.sh'], env=environment, capture_output=True, text=True)
+  place = folder / 'installed'
+  return done, place.read_text().split() if place.exists() else []
+
+
+@pytest.mark.parametrize('gpu, accelerator', [
+    ('580.65.06, 9.0', 'cuda13'), ('590.1, 12.0', 'cuda13'), ('570.124.06, 9.0', 'cuda12'), ('580.65.06, 7.0', 'cuda12'),
+    ('', BARE), ('NVIDIA-SMI has failed', BARE), ('No devices were found', BARE)])
+def test_jax_is_installed_for_what_the_machine_has(tmp_path, gpu, accelerator):
+  for _ in range(2):   # once for both
+    assert set_up(tmp_path, gpu)[1] == [f'jax[{accelerator}]']
+
+
+def test_jax_is_installed_for_what_is_said(tmp_path):
+  assert set_up(tmp_path, ACCELERATOR='cpu')[1] == ['jax[cpu]']
+  assert set_up(tmp_path, ACCELERATOR='cuda12')[1] == ['jax[cpu]', 'jax[cuda12]']
+  assert len(set_up(tmp_path, ACCELERATOR='cpu')[1]) == 2, 'it runs on CPUs as well'
+  done, installed = set_up(tmp_path, ACCELERATOR='gpu')
+  assert done.returncode == 2 and "'gpu'; it can be cuda13, cuda12, tpu or cpu" in done.stderr and len(installed) == 2
 
 
 @pytest.mark.parametrize('script, arguments, part', [
