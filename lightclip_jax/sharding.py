@@ -40,7 +40,8 @@ def make_mesh(mesh: config_lib.Mesh, devices: Sequence[jax.Device] | None = None
   """A (data, fsdp, tensor) mesh over `devices` (default: all).
 
   Raises:
-    UserError: if the axes' product is not the number of devices, or more than one axis is -1.
+    UserError: if the axes' product is not the number of devices, or more than one axis is -1, or `tensor` splits rows of a batch
+      over several processes, of which each has its own.
   """
   devices = jax.devices() if devices is None else devices
   sizes = dataclasses.asdict(mesh)
@@ -52,7 +53,18 @@ def make_mesh(mesh: config_lib.Mesh, devices: Sequence[jax.Device] | None = None
     sizes[free[0]] = len(devices) // fixed
   if math.prod(sizes.values()) != len(devices):
     raise UserError(f'mesh is {sizes}, which does not divide the {len(devices)} devices')
-  return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 3, devices=devices)
+  made = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 3, devices=devices)
+  processes = len({device.process_index for device in devices})
+  if processes > 1 and _owners(made) > batch_shards(made):
+    raise UserError(f'mesh is {sizes}, whose {sizes["tensor"]} copies of one part of the batch lie in several of the {processes} '
+                    'processes; mesh.tensor must divide the devices of one')
+  return made
+
+
+def _owners(mesh: jax.sharding.Mesh) -> int:
+  """How many pairs there are of a part of the batch and a process that has a copy of it."""
+  parts = mesh.devices.reshape(-1, mesh.shape['tensor'])
+  return sum(len({device.process_index for device in copies}) for copies in parts)
 
 
 def batch_shards(mesh: jax.sharding.Mesh) -> int:

@@ -1,3 +1,6 @@
+import contextlib
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +29,15 @@ def test_mesh_fills_what_is_left():
 def test_mesh_that_does_not_fit(sizes, part):
   with pytest.raises(UserError, match=part):
     mesh_of(**sizes)
+
+
+@pytest.mark.parametrize('tensor, fits', [(1, True), (2, True), (4, False)])
+def test_copies_of_a_batch_belong_to_one_process(monkeypatch, tensor, fits):
+  devices = [types.SimpleNamespace(process_index=i // 2) for i in range(8)]   # four processes of two
+  monkeypatch.setattr(jax, 'make_mesh', lambda sizes, names, devices, **_: types.SimpleNamespace(
+    devices=np.asarray(devices).reshape(sizes), shape=dict(zip(names, sizes, strict=True))))
+  with contextlib.nullcontext() if fits else pytest.raises(UserError, match="4 copies .* 4 processes; mesh.tensor must divide"):
+    sharding.make_mesh(config_lib.Mesh(tensor=tensor), devices)
 
 
 def test_rules_are_tried_in_order_and_must_cover():

@@ -10,6 +10,7 @@ TOWERS = {
     'swin_nano': swin.build,
     'vit_ti': vit.build,
 }
+BATCH_NORM = ('mobilenet_v2', 'resnet18')   # those that normalise over groups of a batch
 
 
 def build(image: config.ImageTower, norm: layers.Norm) -> nn.Module:

@@ -11,6 +11,7 @@ from lightclip_jax import config as config_lib
 from lightclip_jax import storage
 from lightclip_jax.data import manifest, tokenizers
 from lightclip_jax.errors import UserError
+from lightclip_jax.models import image_towers
 
 # These may change between a run and its continuation: they do not change what is learnt.
 FREE = ('train.log_every', 'train.accumulate', 'train.text_lengths', 'train.max_skipped', 'train.name_nans',
@@ -31,7 +32,8 @@ def check_batch(config: config_lib.Config, shards: int) -> None:
   if batch < 1 or batch % parts:
     raise UserError(f'train.batch_size is {batch}; it must be a multiple of {parts} '
                     f'({shards} devices × accumulate {accumulate})')
-  groups = {'model.batch_norm': _group(config.model.batch_norm)}
+  size = _group(config.model.batch_norm)
+  groups = {'model.batch_norm': size} if config.model.image.name in image_towers.BATCH_NORM else {}
   if not config.objective.token_matching.weight.is_zero:
     groups['objective.token_matching.group_size'] = config.objective.token_matching.group_size
   for name, size in groups.items():
@@ -148,6 +150,13 @@ def check_numbers(config: config_lib.Config) -> None:
             'model.batch_norm_momentum', 'optimizer.b1', 'optimizer.b2', 'optimizer.ema_decay')
   _in_range(config, lambda value: value > 0, 'above 0', 'optimizer.eps', 'objective.contrastive.target_temperature',
             'objective.distillation.temperature', 'objective.token_matching.epsilon')
+  objective = config.objective
+  schedules = {f'{term}.weight': getattr(objective, term).weight for term in vars(objective)}
+  schedules |= {f'contrastive.{name}': getattr(objective.contrastive, name) for name in ('alpha', 'beta')}
+  for name, schedule in schedules.items():
+    if not 0 <= schedule.begin <= schedule.finish <= 1:
+      raise UserError(f'objective.{name} begins at {schedule.begin} and finishes at {schedule.finish}; '
+                      'these are fractions of the training from 0 to 1, the smaller one first')
 
 
 def _in_range(config: Any, fits: Callable[[float], bool], what: str, *names: str) -> None:

@@ -1,4 +1,5 @@
 """The small parts of a run: schedule, decay mask, meter, writer, checks."""
+import contextlib
 import functools
 import json
 import math
@@ -13,6 +14,7 @@ from lightclip_jax import cli, sharding
 from lightclip_jax import config as config_lib
 from lightclip_jax.data.datasets import shapes
 from lightclip_jax.errors import UserError
+from lightclip_jax.models import image_towers
 from lightclip_jax.training import checkpoint, checks, metrics, optimizer
 from lightclip_jax.training.step import Trainer
 
@@ -95,6 +97,16 @@ def test_batches_that_do_not_divide(changes, shards, parts):
   assert all(part in str(error.value) for part in parts), error.value
 
 
+@pytest.mark.parametrize('name', image_towers.TOWERS)
+def test_groups_must_divide_the_batch_of_towers_that_have_any(name):
+  tower = dict(name=name, size=224, width=1.0, stem_stride=2)
+  config = config_lib.replace(TINY, model=dict(image=tower, fusion=dict(stages=())))
+  statistics = Trainer.create(config, sharding.make_mesh(TINY.mesh, jax.devices()[:1])).abstract_state().batch_stats
+  assert bool(statistics) == (name in image_towers.BATCH_NORM)
+  with pytest.raises(UserError, match='model.batch_norm') if statistics else contextlib.nullcontext():
+    checks.check_batch(config_lib.replace(config, model=dict(batch_norm='group:100')), 1)
+
+
 @pytest.mark.parametrize('changes, words', [
   (dict(text=dict(heads=0)), 'model.text.heads is 0; it must be at least 1'),
   (dict(logit_scale_init=0.0), 'model.logit_scale_init is 0.0; it must be above 0'),
@@ -124,6 +136,14 @@ def test_model_sizes_must_be_positive(changes, words):
 def test_numbers_must_be_in_their_ranges(name, value, words):
   config = config_lib.replace(TINY, **functools.reduce(lambda tree, part: {part: tree}, reversed(name.split('.')), value))
   with pytest.raises(UserError, match=f'^{name} is {value}; it must be {words}$'):
+    Trainer.create(config, sharding.make_mesh(TINY.mesh, jax.devices()[:1]))
+
+
+@pytest.mark.parametrize('begin, finish', [(0.8, 0.3), (-0.1, 1.0), (0.0, 1700.0)])
+def test_schedules_begin_before_they_finish(begin, finish):
+  falling = config_lib.Schedule(1.0, 0.2, begin, finish)   # a finish before the begin was a step at the begin
+  config = config_lib.replace(TINY, objective=dict(token_matching=dict(weight=falling)))
+  with pytest.raises(UserError, match=f'objective.token_matching.weight begins at {begin} and finishes at {finish};'):
     Trainer.create(config, sharding.make_mesh(TINY.mesh, jax.devices()[:1]))
 
 
