@@ -40,8 +40,7 @@ def make_mesh(mesh: config_lib.Mesh, devices: Sequence[jax.Device] | None = None
   """A (data, fsdp, tensor) mesh over `devices` (default: all).
 
   Raises:
-    UserError: if the axes' product is not the number of devices, or more than one axis is -1, or `tensor` splits rows of a batch
-      over several processes, of which each has its own.
+    UserError: if the axes' product is not the number of devices, or more than one axis is -1.
   """
   devices = jax.devices() if devices is None else devices
   sizes = dataclasses.asdict(mesh)
@@ -53,18 +52,7 @@ def make_mesh(mesh: config_lib.Mesh, devices: Sequence[jax.Device] | None = None
     sizes[free[0]] = len(devices) // fixed
   if math.prod(sizes.values()) != len(devices):
     raise UserError(f'mesh is {sizes}, which does not divide the {len(devices)} devices')
-  made = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 3, devices=devices)
-  processes = len({device.process_index for device in devices})
-  if processes > 1 and _owners(made) > batch_shards(made):
-    raise UserError(f'mesh is {sizes}, whose {sizes["tensor"]} copies of one part of the batch lie in several of the {processes} '
-                    'processes; mesh.tensor must divide the devices of one')
-  return made
-
-
-def _owners(mesh: jax.sharding.Mesh) -> int:
-  """How many pairs there are of a part of the batch and a process that has a copy of it."""
-  parts = mesh.devices.reshape(-1, mesh.shape['tensor'])
-  return sum(len({device.process_index for device in copies}) for copies in parts)
+  return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 def batch_shards(mesh: jax.sharding.Mesh) -> int:
@@ -75,6 +63,24 @@ def batch_shards(mesh: jax.sharding.Mesh) -> int:
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
   """The leading dimension over the batch axes."""
   return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def process_share(place: NamedSharding) -> tuple[int, int]:
+  """(number, count): which of how many equal shares of a batch, in its order, lies on this process's devices.
+
+  Each process has its own, but for those that the axis `tensor` joins: they hold copies, and must all feed the same rows.
+
+  Raises:
+    UserError: if processes hold parts of each other's rows.
+  """
+  rows: dict[int, set[int]] = {}
+  for device, (part,) in place.devices_indices_map((place.mesh.size,)).items():
+    rows.setdefault(device.process_index, set()).add(part.start or 0)
+  shares = sorted({tuple(sorted(starts)) for starts in rows.values()})
+  if sum(map(len, shares)) != len(set().union(*shares)) or len(set(map(len, shares))) > 1:
+    raise UserError(f"mesh is {dict(place.mesh.shape)}, on which processes hold parts of each other's examples; mesh.tensor "
+                    "must divide a process's number of devices, or be a multiple of it")
+  return shares.index(tuple(sorted(rows[jax.process_index()]))), len(shares)
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:

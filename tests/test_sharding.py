@@ -1,4 +1,4 @@
-import contextlib
+import collections
 import types
 
 import jax
@@ -29,15 +29,6 @@ def test_mesh_fills_what_is_left():
 def test_mesh_that_does_not_fit(sizes, part):
   with pytest.raises(UserError, match=part):
     mesh_of(**sizes)
-
-
-@pytest.mark.parametrize('tensor, fits', [(1, True), (2, True), (4, False)])
-def test_copies_of_a_batch_belong_to_one_process(monkeypatch, tensor, fits):
-  devices = [types.SimpleNamespace(process_index=i // 2) for i in range(8)]   # four processes of two
-  monkeypatch.setattr(jax, 'make_mesh', lambda sizes, names, devices, **_: types.SimpleNamespace(
-    devices=np.asarray(devices).reshape(sizes), shape=dict(zip(names, sizes, strict=True))))
-  with contextlib.nullcontext() if fits else pytest.raises(UserError, match="4 copies .* 4 processes; mesh.tensor must divide"):
-    sharding.make_mesh(config_lib.Mesh(tensor=tensor), devices)
 
 
 def test_rules_are_tried_in_order_and_must_cover():
@@ -81,6 +72,29 @@ def test_moments_and_averages_live_where_their_parameters_do():
   for tree in (followed['ema'], followed['optimizer'][0][0].mu, followed['optimizer'][0][0].nu):
     assert tree['text']['kernel'].spec == PartitionSpec(None, 'fsdp') and tree['text']['bias'].spec == PartitionSpec()
   assert followed['optimizer'][1]['text']['kernel'].spec == PartitionSpec(), 'a factor of another shape is no copy'
+
+
+Device = collections.namedtuple('Device', 'id process_index')
+
+
+def shares_of(monkeypatch, process_of, processes, **sizes):
+  """Each process's share of the batch, where of eight devices each belongs to the process `process_of(its number)`."""
+  mesh = mesh_of(**sizes)
+  rows = {Device(device.id, process_of(device.id)): part
+          for device, part in sharding.batch_sharding(mesh).devices_indices_map((8,)).items()}
+  place = types.SimpleNamespace(mesh=mesh, devices_indices_map=lambda shape: rows)
+  for process in range(processes):
+    monkeypatch.setattr(jax, 'process_index', lambda process=process: process)
+    yield sharding.process_share(place)
+
+
+def test_processes_feed_the_rows_that_their_devices_hold(monkeypatch):
+  assert [*shares_of(monkeypatch, lambda i: 0, 1, fsdp=2)] == [(0, 1)]
+  assert [*shares_of(monkeypatch, lambda i: i // 4, 2, fsdp=2, tensor=2)] == [(0, 2), (1, 2)]
+  assert [*shares_of(monkeypatch, lambda i: 1 - i // 4, 2)] == [(1, 2), (0, 2)], 'the mesh says who is first'
+  assert [*shares_of(monkeypatch, lambda i: i // 2, 4, tensor=4)] == [(0, 2), (0, 2), (1, 2), (1, 2)], 'copies'
+  with pytest.raises(UserError, match="'tensor': 2.*each other's"):
+    [*shares_of(monkeypatch, lambda i: (i + 1) % 8 // 2, 4, tensor=2)]
 
 
 @pytest.mark.parametrize('count', [1, 2, 4])

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lightclip_jax.config import Model
 from lightclip_jax.errors import UserError
+from lightclip_jax.sharding import process_share
 
 Rows = tuple[tuple[np.ndarray, ...], np.ndarray]   # (inputs [b, ...] of a method, index int [b]; -1 is padding)
 
@@ -44,16 +45,15 @@ class Embedder:
     Raises:
       UserError: for a batch size that is not a positive multiple of the number of processes.
     """
-    if batch_size < 1 or batch_size % jax.process_count():
-      raise UserError(f'evaluation batch size is {batch_size}; '
-                      f'it must be a positive multiple of the {jax.process_count()} processes')
     if sharding is None:
       sharding = NamedSharding(Mesh(np.asarray(jax.devices()), ('data',)), PartitionSpec('data'))
       # From the host: what lies on a device of one process cannot be spread over those of others.
       variables = jax.device_put(jax.device_get(variables), NamedSharding(sharding.mesh, PartitionSpec()))
     self.model, self.variables, self.tokenizer = model, variables, tokenizer
     self.image_size, self.context = config.image.size, config.text.context
-    self.sharding, self.batch_size = sharding, batch_size
+    self.sharding, self.batch_size, (self.share, self.shares) = sharding, batch_size, process_share(sharding)
+    if batch_size < 1 or batch_size % self.shares:
+      raise UserError(f'evaluation batch size is {batch_size}; it must be a positive multiple of the {self.shares} processes')
     self._replicated = NamedSharding(sharding.mesh, PartitionSpec())
 
   def images(self, batches: Iterable[Mapping[str, np.ndarray]]) -> np.ndarray:
@@ -73,7 +73,7 @@ class Embedder:
 
   def tokens(self, images: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """float32 image tokens [N, P, d] and text tokens [N, W, d] of N pairs, the same ones in every process."""
-    few = _round_up(len(images), jax.process_count())   # eight pictures for a page need no batch of hundreds
+    few = _round_up(len(images), self.shares)   # eight pictures for a page need no batch of hundreds
     return self._gather('encode_tokens', self._shares(images, tokens, batch_size=min(self.batch_size, few)))
 
   @property
@@ -83,9 +83,9 @@ class Embedder:
 
   def _shares(self, *inputs: np.ndarray, batch_size: int) -> Iterator[Rows]:
     """This process's rows of each global batch of what lies in every process."""
-    rows, total = batch_size // jax.process_count(), len(inputs[0])
+    rows, total = batch_size // self.shares, len(inputs[0])
     for start in range(0, total, batch_size):
-      index = start + jax.process_index() * rows + np.arange(rows)
+      index = start + self.share * rows + np.arange(rows)
       yield tuple(x[np.minimum(index, total - 1)] for x in inputs), np.where(index < total, index, -1)
 
   def _gather(self, method: str, batches: Iterable[Rows]) -> Any:

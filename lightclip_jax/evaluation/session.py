@@ -7,7 +7,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -98,4 +97,4 @@ class Session:
     """This process's share of the part's images, padded to static shapes."""
     return pipeline.padded_batches(
       part.read, len(part.labels_N), image_size=self.embedder.image_size, batch_size=self.embedder.batch_size,
-      process_index=jax.process_index(), process_count=jax.process_count())
+      process_index=self.embedder.share, process_count=self.embedder.shares)

@@ -70,10 +70,11 @@ class Run:
     if not checks.is_claimed(workdir, config):   # a run that continues needs these files no more
       initialise.check(config, self._abstract)
     self._evaluator = evaluator.Evaluator(config, folder, self._tokenizer, self._mesh, workdir)
+    share, shares = sharding.process_share(sharding.batch_sharding(self._mesh))
     self._batches = pipeline.train_batches(
         folder, config.data, image_size=config.model.image.size, context=config.model.text.context,
-        batch_size=config.train.batch_size, seed=config.train.seed, process_index=jax.process_index(),
-        process_count=jax.process_count(), with_teacher=distils)
+        batch_size=config.train.batch_size, seed=config.train.seed, process_index=share,
+        process_count=shares, with_teacher=distils)
     checks.claim_workdir(workdir, config)   # last: the next attempt may have another config
     self._checkpointer = checkpoint_lib.Checkpointer(workdir, config.checkpoint)
     self.watchdog = health.Watchdog(workdir, config.train.watchdog_minutes, config.train.watchdog_exit)

@@ -98,9 +98,8 @@ def test_text_batches_have_one_shape():
 
 def test_processes_share_the_texts(monkeypatch):
   seen = []
-  monkeypatch.setattr(jax, 'process_count', lambda: 2)
-  for process in (0, 1):
-    monkeypatch.setattr(jax, 'process_index', lambda process=process: process)
+  for share in ((0, 2), (1, 2)):
+    monkeypatch.setattr(embed, 'process_share', lambda place, share=share: share)
     rows = list(make(8)._shares(np.arange(10)[:, None], batch_size=8))
     assert [len(tokens) for (tokens,), _ in rows] == [4, 4]   # as many in each, or collectives hang
     seen += [i for _, index in rows for i in index if i >= 0]
