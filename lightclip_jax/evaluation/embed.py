@@ -51,9 +51,7 @@ class Embedder:
       variables = jax.device_put(jax.device_get(variables), NamedSharding(sharding.mesh, PartitionSpec()))
     self.model, self.variables, self.tokenizer = model, variables, tokenizer
     self.image_size, self.context = config.image.size, config.text.context
-    self.sharding, self.batch_size, (self.share, self.shares) = sharding, batch_size, process_share(sharding)
-    if batch_size < 1 or batch_size % self.shares:
-      raise UserError(f'evaluation batch size is {batch_size}; it must be a positive multiple of the {self.shares} processes')
+    self.sharding, self.batch_size, (self.share, self.shares) = sharding, batch_size, share_of(sharding, batch_size)
     self._replicated = NamedSharding(sharding.mesh, PartitionSpec())
 
   def images(self, batches: Iterable[Mapping[str, np.ndarray]]) -> np.ndarray:
@@ -111,6 +109,14 @@ class Embedder:
     missing = _round_up(len(values), len(self.sharding.addressable_devices)) - len(values)
     values = np.pad(values, [(0, missing)] + [(0, 0)] * (values.ndim - 1), constant_values=fill)
     return jax.make_array_from_process_local_data(self.sharding, values)
+
+
+def share_of(sharding: NamedSharding, batch_size: int) -> tuple[int, int]:
+  """`process_share`. Raises UserError for a batch size that is not a positive multiple of the number of shares."""
+  share, shares = process_share(sharding)
+  if batch_size < 1 or batch_size % shares:
+    raise UserError(f'evaluation batch size is {batch_size}; it must be a positive multiple of the {shares} processes')
+  return share, shares
 
 
 @functools.lru_cache(maxsize=32)

@@ -8,7 +8,7 @@ from lightclip_jax import distributed, sharding, storage
 from lightclip_jax.data.tokenizers import Tokenizer
 from lightclip_jax.errors import UserError
 from lightclip_jax.evaluation import evaluate, gallery, insight, matching, metrics, report, results, tasks
-from lightclip_jax.evaluation.embed import Embedder
+from lightclip_jax.evaluation.embed import Embedder, share_of
 from lightclip_jax.evaluation.session import Session
 from lightclip_jax.models.lightclip import LightCLIP
 
@@ -37,6 +37,7 @@ class Evaluator:
     self._mesh, self._workdir = mesh, workdir
     self._model, self._final = LightCLIP(config.model), None
     self._tasks = tasks_of(config)
+    share_of(sharding.batch_sharding(mesh), config.evaluation.batch_size)   # said now, not after a thousand steps
 
   def evaluate(self, step: int, variables: dict[str, Any]) -> dict[str, float]:
     """Every metric by name, for the log and for checkpoints."""

@@ -3,7 +3,9 @@ import jax.numpy as jnp
 import pytest
 
 from lightclip_jax import config as config_lib
+from lightclip_jax import sharding
 from lightclip_jax.errors import UserError
+from lightclip_jax.evaluation import embed
 from lightclip_jax.inference import checkpoint as inference
 from lightclip_jax.training import checkpoint, evaluator
 from lightclip_jax.training.state import TrainState
@@ -59,6 +61,13 @@ def test_without_scores_there_is_no_best(tmp_path):
 def test_a_run_says_at_its_start_what_it_cannot_measure(changes, words):
   with pytest.raises(UserError, match=words):
     evaluator.tasks_of(config_lib.replace(config_lib.Config(), **changes))
+
+
+def test_a_run_says_at_its_start_what_its_processes_cannot_share(monkeypatch):
+  monkeypatch.setattr(embed, 'process_share', lambda place: (0, 2))
+  config = config_lib.replace(config_lib.Config(), evaluation=dict(batch_size=63))
+  with pytest.raises(UserError, match='batch size is 63.*2 processes'):
+    evaluator.Evaluator(config, None, None, sharding.make_mesh(config.mesh), None)
 
 
 def test_a_metric_that_is_not_measured_is_named(tmp_path):
