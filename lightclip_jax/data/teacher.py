@@ -71,8 +71,7 @@ class _Embeddings:
     for file in FILES:
       if not (folder / file).is_file():
         raise UserError(f'{str(folder / file)!r} is missing; {_HOW}{folder}')
-    self._images, self._captions = (np.memmap(folder / file, '<f2', 'r').reshape(-1, dim)
-                                    if (folder / file).stat().st_size % (2 * dim) == 0 else () for file in (IMAGES, CAPTIONS))
+    self._images, self._captions = (_rows(folder / file, dim) for file in (IMAGES, CAPTIONS))
     self._starts = np.fromfile(folder / STARTS, '<i8')
     if (len(self._images), len(self._starts), len(self._captions)) != (count, count + 1, self._starts[-1:].sum()):
       raise UserError(f"the teacher's embeddings in {str(folder)!r} are not those of its {count} records; {_HOW}{folder}")
@@ -80,6 +79,11 @@ class _Embeddings:
   def of(self, record: int, caption: int) -> tuple[np.ndarray, np.ndarray]:
     """float16 [E] of the record's image, and of its caption of that number."""
     return (np.array(self._images[record], np.float16), np.array(self._captions[self._starts[record] + caption], np.float16))
+
+
+def _rows(file: pathlib.Path, dim: int) -> Sequence[np.ndarray]:
+  size = file.stat().st_size   # 0 where a copy was cut off, which cannot be mapped
+  return np.memmap(file, '<f2', 'r').reshape(-1, dim) if size and size % (2 * dim) == 0 else ()
 
 
 def write(folder: str | pathlib.Path, name: str, encoders: Encoders,

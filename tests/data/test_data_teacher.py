@@ -169,6 +169,9 @@ def test_what_is_missing_or_does_not_fit_is_one_line(folder):
   (folder / teacher.CAPTIONS).write_bytes(data[:-6])
   with pytest.raises(UserError, match='are not those of its'):
     batches(folder)
+  (folder / teacher.CAPTIONS).write_bytes(b'')
+  with pytest.raises(UserError, match='are not those of its'):
+    batches(folder)
   (folder / teacher.CAPTIONS).unlink()
   with pytest.raises(UserError, match=r"teacher-captions.f16' is missing"):
     batches(folder)
