@@ -118,18 +118,34 @@ def agree(step: int, *flags: bool) -> tuple[bool, ...]:
     return flags
   if step % AGREE_EVERY:
     return (False,) * len(flags)
+  return _anywhere(*flags)
+
+
+def _anywhere(*flags: bool) -> tuple[bool, ...]:
+  """Each flag, if any process raises it; all of them must ask."""
   return tuple(bool(flag) for flag in np.any(multihost_utils.process_allgather(np.asarray(flags)), axis=0))
 
 
 @contextlib.contextmanager
 def first_alone(name: str) -> Iterator[None]:
-  """Process 0 runs the body before the others do: it may make what they find made."""
-  several = jax.process_count() > 1
-  if several and jax.process_index() > 0:
+  """Process 0 runs the body before the others do: it may make what they find made.
+
+  Raises:
+    UserError: in all processes, where process 0's body raises one.
+  """
+  several, first = jax.process_count() > 1, jax.process_index() == 0
+  if several:   # on CPUs the first meeting fails where one comes 30 s late; what the body makes can take longer
     multihost_utils.sync_global_devices(name)
-  yield
-  if several and jax.process_index() == 0:
-    multihost_utils.sync_global_devices(name)
+  if several and not first and _anywhere(False)[0]:
+    raise UserError(f'process 0 has found a mistake ({name}), and says which')
+  try:
+    yield
+  except UserError:
+    if several and first:
+      _anywhere(True)
+    raise
+  if several and first:
+    _anywhere(False)
 
 
 @contextlib.contextmanager

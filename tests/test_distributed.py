@@ -100,6 +100,39 @@ def test_one_process_needs_nobody(capsys):
       raise jax.errors.JaxRuntimeError('its own failure')
 
 
+@pytest.fixture
+def one_of_two(monkeypatch):
+  """(process, what process 0 reports) -> the meetings of that process, as they come."""
+  def make(process, *reported):
+    met = []
+    answer = lambda flags: met.append(flags.tolist()) or np.array([reported or flags, flags])  # noqa: E731
+    monkeypatch.setattr(jax, 'process_count', lambda: 2)
+    monkeypatch.setattr(jax, 'process_index', lambda: process)
+    monkeypatch.setattr(distributed.multihost_utils, 'sync_global_devices', met.append)
+    monkeypatch.setattr(distributed.multihost_utils, 'process_allgather', answer)
+    return met
+  return make
+
+
+def test_all_meet_before_the_first_works_alone(one_of_two):
+  """CPUs, which have not met, wait 30 s for each other: a data set takes longer to make."""
+  for process, meetings in ((0, ['data', 'body', [False]]), (1, ['data', [False], 'body'])):
+    met = one_of_two(process)
+    with distributed.first_alone('data'):
+      met.append('body')
+    assert met == meetings
+
+
+def test_the_mistake_of_the_first_ends_all(one_of_two):
+  met = one_of_two(0)
+  with pytest.raises(UserError, match='no such data'), distributed.first_alone('data'):
+    raise UserError('no such data')
+  assert met == ['data', [True]]
+  one_of_two(1, True)
+  with pytest.raises(UserError, match='process 0 has found a mistake .data.'), distributed.first_alone('data'):
+    pytest.fail('what the first could not make is not to be made by the others')
+
+
 def work():
   """Adds over all processes for ever, once they agree on what they say."""
   distributed.initialize()

@@ -34,8 +34,9 @@ def train(config: config_lib.Config, workdir: storage.Path) -> int:
   Raises:
     UserError: if config, data, devices and workdir do not fit together; nothing has been written then.
   """
-  with preemption.Preemption() as stop, contextlib.closing(Run(config, workdir, stop)) as run:
-    with distributed.ending_with_the_others(), run.watchdog:
+  lost = distributed.ending_with_the_others   # before there is a run, and within `closing`, which would wait for them
+  with preemption.Preemption() as stop, lost(), contextlib.closing(Run(config, workdir, stop)) as run:
+    with lost(), run.watchdog:
       run.start()
       if run.train():
         run.finish()
