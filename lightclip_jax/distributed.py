@@ -4,7 +4,9 @@ A process is one host of a TPU slice, one task of SLURM, or one of several on a 
 """
 import contextlib
 import os
+import re
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,6 +21,8 @@ AGREE_EVERY = 10        # steps between questions to all processes: each waits f
 HEARTBEAT_SECONDS = 20  # after which a silent process counts as dead
 _PLAIN = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
 _PORT = 12_321
+_STATUS = re.compile(r'(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): ')
+_LEAVE_SECONDS = 10   # for which a process that has found a mistake waits for the others to end with it
 
 
 def find(environment: Mapping[str, str]) -> dict[str, Any] | None:
@@ -156,10 +160,28 @@ def ending_with_the_others() -> Iterator[None]:
   """
   try:
     yield
-  except jax.errors.JaxRuntimeError as error:
-    if jax.process_count() == 1:
+  except (jax.errors.JaxRuntimeError, ValueError) as error:
+    # Where a call fails at once, and not when its result is read, JAX raises the runtime's status as a ValueError.
+    if jax.process_count() == 1 or not (isinstance(error, jax.errors.JaxRuntimeError) or _STATUS.match(str(error))):
       raise
     print(f'process {jax.process_index()}: lost another process of {jax.process_count()} '
           f'({str(error).splitlines()[0][:160]}); start all again: the run continues at its last checkpoint',
           file=sys.stderr, flush=True)
     os._exit(EXIT_LOST)
+
+
+@contextlib.contextmanager
+def keeping_its_code() -> Iterator[None]:
+  """Lets this process end with 2 for a mistake that the body finds, also where the others have not found it.
+
+  On the way out JAX waits for all of them, and ends with a code of its own where they do not come; a launch script would then
+  repeat the mistake.
+  """
+  try:
+    yield
+  except UserError:
+    if jax.process_count() > 1:
+      timer = threading.Timer(_LEAVE_SECONDS, os._exit, (2,))
+      timer.daemon = True   # where all end, nobody waits for it
+      timer.start()
+    raise

@@ -49,8 +49,9 @@ def main(args: argparse.Namespace) -> int:
   chosen = tasks.choose(args.task)         # a wrong name must not wait for the checkpoint to load
   templates = prompts.choose(args.prompts)
   distributed.initialize()
-  failed = alone.evaluate(storage.path(args.checkpoint), chosen, args.out, step=args.step, csv=args.csv, data=args.data,
-                          templates=templates, batch_size=args.batch_size, debug=args.debug)
+  with distributed.keeping_its_code():
+    failed = alone.evaluate(storage.path(args.checkpoint), chosen, args.out, step=args.step, csv=args.csv, data=args.data,
+                            templates=templates, batch_size=args.batch_size, debug=args.debug)
   return EXIT_TASK_FAILED if failed else 0
 
 

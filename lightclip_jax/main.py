@@ -35,7 +35,8 @@ def main(argv: list[str] | None = None) -> int:
   from lightclip_jax import distributed
   distributed.initialize()
   from lightclip_jax.training import loop
-  return loop.train(config, flags.workdir)
+  with distributed.keeping_its_code():
+    return loop.train(config, flags.workdir)
 
 
 if __name__ == '__main__':

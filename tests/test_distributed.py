@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -131,6 +132,29 @@ def test_the_mistake_of_the_first_ends_all(one_of_two):
   one_of_two(1, True)
   with pytest.raises(UserError, match='process 0 has found a mistake .data.'), distributed.first_alone('data'):
     pytest.fail('what the first could not make is not to be made by the others')
+
+
+@pytest.mark.parametrize('error', [jax.errors.JaxRuntimeError('INTERNAL: gone'), ValueError('UNKNOWN: Gloo AllGather failed')])
+def test_a_lost_process_is_one_line_whichever_way_jax_says_it(monkeypatch, capsys, error):
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  monkeypatch.setattr(distributed.os, '_exit', lambda code: (_ for _ in ()).throw(SystemExit(code)))
+  with pytest.raises(SystemExit) as ended, distributed.ending_with_the_others():
+    raise error
+  said = capsys.readouterr().err
+  assert ended.value.code == distributed.EXIT_LOST and 'lost another process of 2' in said and said.count('\n') == 1
+  with pytest.raises(ValueError, match='its own'), distributed.ending_with_the_others():
+    raise ValueError('its own')
+
+
+def test_a_mistake_that_one_process_finds_keeps_its_code(monkeypatch):
+  """JAX waits at the end for the others, which do not come, and aborts."""
+  left = threading.Event()
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  monkeypatch.setattr(distributed, '_LEAVE_SECONDS', 0)
+  monkeypatch.setattr(distributed.os, '_exit', lambda code: code == 2 and left.set())
+  with pytest.raises(UserError, match='no such data'), distributed.keeping_its_code():
+    raise UserError('no such data')
+  assert left.wait(10)
 
 
 def work():
