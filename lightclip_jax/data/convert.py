@@ -29,7 +29,7 @@ from lightclip_jax.data.sources.array_record import ArrayRecordSource
 from lightclip_jax.errors import UserError
 
 SUMMARY_FILE, SHEET_FILE = 'summary.txt', 'contact_sheet.jpg'
-_NOTE = '.note.json'
+_NOTE, _PLAN = '.note.json', 'plan.json'
 _CAPTIONS_A_PART = 2000        # the tokenizer learns from
 _COLUMNS = ('hashes', 'captions', 'concepts', 'sides', 'words')
 _SHEET, _TILE = 8, 96          # pictures in a row, pixels of each
@@ -58,6 +58,7 @@ def convert(about: dict[str, Any], out: pathlib.Path, options: Options, workers:
       work = Work(about, folder, options)
       work.clear_if_other()
       notes = {split: work.run(split, workers) for split in work.splits}
+      _check_usable(folder, _name(about), notes)
       _leave_out_duplicates(folder, notes, options.duplicates)
       _finish(folder, about, notes, options)
   made = manifest.load(out)
@@ -87,6 +88,16 @@ def _check(out: pathlib.Path, made: manifest.Manifest, asked: dict[str, Any]) ->
     raise UserError(f'{str(out)!r} holds {made.name!r}, prepared with {", ".join(other)}; delete it or give another --out')
 
 
+def _check_usable(folder: pathlib.Path, name: str, notes: dict[str, list[dict[str, Any]]]) -> None:
+  """Raises UserError if there is nothing to train on, and says why."""
+  if any(note['count'] for note in notes['train']):
+    return
+  # What is mended, such as captions that are put beside their images, may not change the fingerprint: all is looked at anew.
+  (folder / _PLAN).unlink()
+  reasons = (f'{count:,} {reason} ({REASONS[reason]})' for reason, count in _left_out(notes['train']).items())
+  raise UserError(f'no record of {name!r} can be trained on: {", ".join(reasons) or "there is none"}')
+
+
 class Work:
   """The parts of one preparation."""
 
@@ -98,7 +109,7 @@ class Work:
   def clear_if_other(self) -> None:
     """Throws away what another source or other options left in the folder."""
     plan = json.dumps([self._sources['train'].fingerprint, dataclasses.asdict(self._options), self._about], sort_keys=True)
-    file = self._folder / 'plan.json'
+    file = self._folder / _PLAN
     if not file.is_file() or file.read_text() != plan:
       for leftover in self._folder.iterdir():
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
@@ -262,7 +273,7 @@ def _finish(folder: pathlib.Path, about: dict[str, Any], notes: dict[str, list[d
   (folder / SUMMARY_FILE).write_text(summary(name, splits, every), encoding='utf-8')
   contents.save(folder)
   _contact_sheet(ArrayRecordSource(folder, 'train'), folder / SHEET_FILE, options.max_pixels)
-  for leftover in [*(folder / (note['shard'] + _NOTE) for note in every), folder / 'plan.json',
+  for leftover in [*(folder / (note['shard'] + _NOTE) for note in every), folder / _PLAN,
                    *(folder / note['shard'] for note in every if not note['count'])]:
     leftover.unlink(missing_ok=True)
 
@@ -270,11 +281,16 @@ def _finish(folder: pathlib.Path, about: dict[str, Any], notes: dict[str, list[d
 def summary(name: str, splits: dict[str, manifest.Split], notes: list[dict[str, Any]]) -> str:
   """What a person wants to know of a prepared set, as text."""
   lines = [name, *(f'{split}: {contents.count:,} pairs' for split, contents in splits.items())]
-  left_out = {reason: sum(note['left_out'].get(reason, 0) for note in notes) for reason in REASONS}
-  lines += ['left out:', *(f'  {count:>9,} {reason} ({REASONS[reason]})' for reason, count in left_out.items() if count)]
+  lines += ['left out:', *(f'  {count:>9,} {reason} ({REASONS[reason]})' for reason, count in _left_out(notes).items())]
   for title, key in (('shorter side, pixels', 'sides'), ('words of the first caption', 'words')):
     lines += ['', f'{title}:', *_histogram([value for note in notes for value in note[key]])]
   return '\n'.join(lines) + '\n'
+
+
+def _left_out(notes: list[dict[str, Any]]) -> dict[str, int]:
+  """How many records, by reason."""
+  counts = {reason: sum(note['left_out'].get(reason, 0) for note in notes) for reason in REASONS}
+  return {reason: count for reason, count in counts.items() if count}
 
 
 def _histogram(values: list[int]) -> Iterator[str]:

@@ -104,6 +104,25 @@ def test_an_interrupted_preparation_goes_on(tmp_path, monkeypatch):
   assert len(again) == 1 and again[0] not in made and manifest.load(tmp_path / 'out').splits['train'].count == 20
 
 
+@pytest.mark.parametrize('tokenizer', [False, True])
+def test_nothing_to_train_on_is_said_and_looked_at_anew(tmp_path, tokenizer):
+  # The fingerprint of a folder is its images' names, so captions that are put there later do not change it.
+  source_files.write_folder(tmp_path / 'in', source_files.pairs(3))
+  made = tokenizers.train([f'a thing {i}' for i in range(9)], 80)
+  (tmp_path / 't.model').write_bytes(made.to_bytes())
+  command = prepare.parse(['folder', str(tmp_path / 'in'), f'--out={tmp_path / "out"}', '--vocab_size=80', '--processes=1',
+                           *[f'--tokenizer={tmp_path / "t.model"}'] * tokenizer])
+  texts = {file: file.read_text() for file in (tmp_path / 'in').rglob('*.txt')}
+  for file in texts:
+    file.unlink()
+  with pytest.raises(UserError, match=r"no record of 'folder:.*3 no_caption \(there is no caption\)$"):
+    prepare.main(command)
+  for file, text in texts.items():
+    file.write_text(text)
+  prepare.main(command)
+  assert manifest.load(tmp_path / 'out').splits['train'].count == 3
+
+
 def test_killed_between_a_shortened_shard_and_its_note(tmp_path, monkeypatch):
   real, shortened = convert._write_whole, []
 
