@@ -21,6 +21,11 @@ class Record:
 _FIELDS = tuple(field.name for field in dataclasses.fields(Record))
 
 
+def key_of(name: str) -> str:
+  """A file's name as a key, which is stored and hashed: names of files need not be UTF-8, keys are."""
+  return name.encode('utf-8', 'backslashreplace').decode()
+
+
 def encode(record: Record) -> bytes:
   """The record as bytes: a msgpack list of its fields in order."""
   return msgpack.packb([getattr(record, name) for name in _FIELDS])

@@ -6,7 +6,7 @@ from typing import Any, SupportsIndex
 from lightclip_jax.data import captions, indexes
 from lightclip_jax.data.faults import BadRecord
 from lightclip_jax.data.files import Folder
-from lightclip_jax.data.records import Record
+from lightclip_jax.data.records import Record, key_of
 from lightclip_jax.data.sources.spec import Spec
 from lightclip_jax.data.sources.webdataset import IMAGES
 from lightclip_jax.errors import UserError
@@ -57,7 +57,7 @@ class FolderSource:
 
   def __getitem__(self, index: SupportsIndex) -> Record:
     name = self.name(int(index))
-    return Record(name, self._folder.read(name), self._captions(os.path.splitext(name)[0]))
+    return Record(key_of(name), self._folder.read(name), self._captions(os.path.splitext(name)[0]))
 
   def _captions(self, stem: str) -> tuple[str, ...]:
     for suffix, parse in (('.txt', captions.of_lines), ('.json', captions.of_json)):

@@ -10,7 +10,7 @@ import tqdm
 
 from lightclip_jax.data import captions, files, indexes
 from lightclip_jax.data.faults import REASONS, BadRecord
-from lightclip_jax.data.records import Record
+from lightclip_jax.data.records import Record, key_of
 from lightclip_jax.data.sources.spec import Spec
 from lightclip_jax.errors import UserError
 
@@ -76,7 +76,7 @@ class WebDatasetSource:
       image = _part(file, row['image_at'], row['image_size'])
       text = _part(file, row['caption_at'], row['caption_size'])
     parse = captions.of_json if _CAPTIONS[row['caption_kind']] == 'json' else captions.of_lines
-    return Record(self.name(index), image, parse(text))
+    return Record(key_of(self.name(index)), image, parse(text))
 
   def __reduce__(self) -> tuple[Any, ...]:
     return WebDatasetSource, (self.spec,)
