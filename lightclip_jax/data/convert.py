@@ -55,12 +55,13 @@ def convert(about: dict[str, Any], out: pathlib.Path, options: Options, workers:
   """
   with writer.new_folder(out, keep=True) as folder:
     if folder is not None:
+      tokenizer = tokenizers.load(options.tokenizer) if options.tokenizer else None   # first: a mistake in it costs nothing
       work = Work(about, folder, options)
       work.clear_if_other()
       notes = {split: work.run(split, workers) for split in work.splits}
       _check_usable(folder, _name(about), notes)
       _leave_out_duplicates(folder, notes, options.duplicates)
-      _finish(folder, about, notes, options)
+      _finish(folder, about, notes, options, tokenizer)
   made = manifest.load(out)
   _check(out, made, _asked(about, options))
   return made
@@ -107,8 +108,10 @@ class Work:
     self._sources = {split: sources.open_parts(about, split) for split in self.splits}
 
   def clear_if_other(self) -> None:
-    """Throws away what another source or other options left in the folder."""
-    plan = json.dumps([self._sources['train'].fingerprint, dataclasses.asdict(self._options), self._about], sort_keys=True)
+    """Throws away what another source or other options, those of the tokenizer aside, left in the folder."""
+    # One of too few pieces for the captions' letters is only found at the end, and no shard depends on it.
+    decisive = dataclasses.asdict(dataclasses.replace(self._options, vocab_size=0, tokenizer=''))
+    plan = json.dumps([self._sources['train'].fingerprint, decisive, self._about], sort_keys=True)
     file = self._folder / _PLAN
     if not file.is_file() or file.read_text() != plan:
       for leftover in self._folder.iterdir():
@@ -255,10 +258,11 @@ def captions_of(source: sources.Source, step: int) -> Iterator[str]:
       continue
 
 
-def _finish(folder: pathlib.Path, about: dict[str, Any], notes: dict[str, list[dict[str, Any]]], options: Options) -> None:
+def _finish(folder: pathlib.Path, about: dict[str, Any], notes: dict[str, list[dict[str, Any]]], options: Options,
+            tokenizer: tokenizers.Tokenizer | None) -> None:
   """Tokenizer, summary, contact sheet and manifest; last, the notes are deleted."""
   texts = [text for note in notes['train'] for text in note['captions']]
-  tokenizer = tokenizers.load(options.tokenizer) if options.tokenizer else tokenizers.train(texts, options.vocab_size)
+  tokenizer = tokenizer or tokenizers.train(texts, options.vocab_size)
   file = f'tokenizer{tokenizer.suffix}'
   (folder / file).write_bytes(tokenizer.to_bytes())
   splits = {split: manifest.Split(tuple(note['shard'] for note in parts if note['count']), sum(note['count'] for note in parts))

@@ -116,6 +116,21 @@ def test_a_name_that_is_not_utf8(tmp_path, kind):
   assert all(r'\udcff' in record.key for record in records)
 
 
+def test_a_mistake_in_the_tokenizer_costs_no_work(tmp_path, monkeypatch):
+  made = []
+  monkeypatch.setattr(convert, '_part', lambda *args, real=convert._part: made.append(args[-1]) or real(*args))
+  rows = [(key, image, f'{text} {chr(0x4e00 + number)}') for number, (key, image, text) in enumerate(source_files.pairs(80))]
+  path = source_files.write_tars(tmp_path / 'in', rows).partition(':')[2]
+  command = ['webdataset', path, f'--out={tmp_path / "out"}', '--processes=1']
+  for wrong, said, parts in ((f'--tokenizer={tmp_path / "nix.model"}', 'no tokenizer file', 0),
+                             ('--vocab_size=64', 'cannot train a tokenizer of 64 pieces', 10)):
+    with pytest.raises(UserError, match=said):
+      prepare.main(prepare.parse([*command, wrong]))
+    assert len(made) == parts
+  prepare.main(prepare.parse([*command, '--vocab_size=200']))
+  assert len(made) == 10 and manifest.load(tmp_path / 'out').asked['vocab_size'] == 200
+
+
 @pytest.mark.parametrize('tokenizer', [False, True])
 def test_nothing_to_train_on_is_said_and_looked_at_anew(tmp_path, tokenizer):
   # The fingerprint of a folder is its images' names, so captions that are put there later do not change it.
