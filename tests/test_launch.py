@@ -4,6 +4,7 @@ import pathlib
 import shlex
 import subprocess
 import sys
+import sysconfig
 
 import pytest
 import yaml
@@ -258,10 +259,22 @@ def test_local_processes_get_their_places(launch):
 @pytest.mark.skipif(sys.platform != 'linux', reason='mimalloc comes with the requirements on Linux only')
 def test_training_takes_its_memory_from_mimalloc(tmp_path):
   loaded = 'import pathlib; print("libmimalloc" in pathlib.Path("/proc/self/maps").read_text())'
-  command = ['bash', str(LAUNCH / 'memory.sh')]
-  assert subprocess.run([*command, sys.executable, '-c', loaded], capture_output=True, text=True).stdout == 'True\n'
-  bare = tmp_path / 'python'   # one where nothing is installed
-  bare.write_text(f'#!/bin/sh\n[ "$1" = -c ] && echo {tmp_path} || echo "$LD_PRELOAD|$@"\n')
-  bare.chmod(0o755)
-  done = subprocess.run([*command, bare, '-m', 'a b'], env={'PATH': os.environ['PATH']}, capture_output=True, text=True)
-  assert done.stdout == '|-m a b\n', done.stderr
+  library = pathlib.Path(sysconfig.get_path('platlib')) / 'cmeel.prefix/lib/libmimalloc.so.3'
+  alone = subprocess.run([sys.executable, '-c', ''], env=os.environ | {'LD_PRELOAD': str(library)})
+  done = subprocess.run(['bash', LAUNCH / 'memory.sh', sys.executable, '-c', loaded], capture_output=True, text=True)
+  assert done.stdout == f'{alone.returncode == 0}\n', done.stderr   # it cannot be loaded where there is no libatomic
+
+
+@pytest.mark.parametrize('installed', [False, True])
+def test_training_starts_where_mimalloc_cannot_be_loaded(tmp_path, installed):
+  library = tmp_path / 'cmeel.prefix/lib/libmimalloc.so.3'
+  if installed:   # and lacks a library of its own, which ends every program that is given it
+    library.parent.mkdir(parents=True)
+    library.touch()
+  python = tmp_path / 'python'
+  python.write_text(f'#!/bin/bash\n[ "$1" = -c ] && [ -n "$2" ] && exec echo {tmp_path}\n'
+                    '[ -n "$LD_PRELOAD" ] && exit 127\necho "$@"\n')
+  python.chmod(0o755)
+  done = subprocess.run(['bash', LAUNCH / 'memory.sh', python, '-m', 'a b'], env={'PATH': os.environ['PATH']},
+                        capture_output=True, text=True)
+  assert done.stdout == '-m a b\n', done.stderr
