@@ -80,33 +80,45 @@ def _first_node(nodes: str) -> str:
 
 
 def initialize(timeout: int | None = None) -> None:
-  """Joins the other processes, if the environment names any. Must come before JAX is first used.
+  """Joins the other processes, if the environment names any; ends with `EXIT_LOST` and a line if they do not all come in time.
+
+  Must come before JAX is first used.
 
   Args:
     timeout: seconds to wait for the others; None: $LIGHTCLIP_START_TIMEOUT, else 300.
 
   Raises:
-    UserError: if they do not all come in time, or the variable is no number.
+    UserError: if they cannot be waited for.
   """
   arguments = find(os.environ)
   if arguments is None or arguments.get('num_processes') == 1:
     return
-  seconds = _start_timeout() if timeout is None else timeout
+  seconds = _start_timeout(os.environ) if timeout is None else timeout
+  advice = (f'process {arguments.get("process_id", "?")} of {arguments.get("num_processes", "?")} waited {seconds} s for the '
+            f'others at {arguments.get("coordinator_address", "their addresses")}: start the same command on every host, open '
+            'that port between them, and set LIGHTCLIP_START_TIMEOUT for slow starts')
+  late = threading.Timer(seconds, _give_up, (advice,))   # JAX, which is given more, would abort with its C++ stack
+  late.daemon = True
+  late.start()
   try:
-    jax.distributed.initialize(**arguments, initialization_timeout=seconds, heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+    jax.distributed.initialize(**arguments, initialization_timeout=seconds + 60, heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
                                shutdown_timeout_seconds=30)
   except (RuntimeError, ValueError) as error:
-    who = f'process {arguments.get("process_id", "?")} of {arguments.get("num_processes", "?")}'
-    raise UserError(f'{who} waited {seconds} s for the others at {arguments.get("coordinator_address", "their addresses")}: '
-                    'start the same command on every host, open that port between them, and set '
-                    f'LIGHTCLIP_START_TIMEOUT for slow starts ({str(error).splitlines()[0][:120]})') from error
+    raise UserError(f'{advice} ({str(error).splitlines()[0][:120]})') from error
+  finally:
+    late.cancel()
 
 
-def _start_timeout() -> int:
-  text = os.environ.get('LIGHTCLIP_START_TIMEOUT', '300')
-  if not text.isdecimal():
-    raise UserError(f'LIGHTCLIP_START_TIMEOUT is {text!r}; it must be a number of seconds')
+def _start_timeout(environment: Mapping[str, str]) -> int:
+  text = environment.get('LIGHTCLIP_START_TIMEOUT', '300')
+  if not text.isdecimal() or int(text) < 1:
+    raise UserError(f'LIGHTCLIP_START_TIMEOUT is {text!r}; it must be a number of seconds, at least 1')
   return int(text)
+
+
+def _give_up(advice: str) -> None:
+  print(f'error: {advice}', file=sys.stderr, flush=True)
+  os._exit(EXIT_LOST)
 
 
 def say(text: str) -> None:
