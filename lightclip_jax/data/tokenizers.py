@@ -28,7 +28,11 @@ class Tokenizer(Protocol):
   special_ids: tuple[int, ...]      # never masked, matched or drawn as random words; unknown words are not special
 
   def encode(self, texts: Sequence[str], context: int) -> np.ndarray:
-    """int32 [N, W=context]: start, words, end, padding. Longer texts lose words; the end token stays."""
+    """int32 [N, W=context]: start, words, end, padding. Longer texts lose words; the end token stays.
+
+    Raises:
+      UserError: for a text that has no UTF-8 form.
+    """
 
   def decode(self, ids: Sequence[int]) -> str:
     """The text of the ids, special tokens left out."""
@@ -59,6 +63,7 @@ class _OfFile:
     """See `Tokenizer.encode`."""
     tokens_NxW = np.full((len(texts), context), self.pad_id, np.int32)
     for row_W, text in zip(tokens_NxW, texts, strict=True):   # one by one: a list starts a pool of threads every time
+      _check_utf8(text)
       words = [self.start_id, *self._ids(text)[:context - 2], self.end_id]
       row_W[:len(words)] = words
     return tokens_NxW
@@ -69,6 +74,13 @@ class _OfFile:
 
   def __reduce__(self) -> tuple[Any, ...]:
     return type(self), (self._model,)
+
+
+def _check_utf8(text: str) -> None:
+  try:
+    text.encode()
+  except UnicodeEncodeError as error:   # the terminal's bytes, or a folder's name; SentencePiece's error says nothing of it
+    raise UserError(f'the text {text[:60]!r} is not UTF-8') from error
 
 
 class SentencePieceTokenizer(_OfFile):

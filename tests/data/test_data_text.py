@@ -50,6 +50,11 @@ def test_no_text_becomes_a_special_token(tokenizer, text):
   np.testing.assert_array_equal(tokenizer.word_mask(row), ~np.isin(row, [0, 2, 3, 4]))
 
 
+def test_a_text_that_is_not_utf8_is_one_line(tokenizer):
+  with pytest.raises(UserError, match=r"the text 'a \\udcff' is not UTF-8"):   # as a terminal gives bytes that are none
+    tokenizer.encode(['a \udcff'], 8)
+
+
 def test_unknown_words_are_words(tokenizer):
   row = tokenizer.encode(['ж'], 6)[0]
   assert 1 in row and tokenizer.word_mask(row)[row == 1].all()

@@ -78,6 +78,11 @@ def test_no_text_becomes_a_special_token_and_masking_keeps_out(tokenizer, text, 
   assert not np.isin(changed, [i for i in tokenizer.special_ids if i != tokenizer.mask_id]).any()
 
 
+def test_a_text_that_is_not_utf8_is_one_line(tokenizer):
+  with pytest.raises(UserError, match=r"the text 'a \\udcff' is not UTF-8"):   # as a terminal gives bytes that are none
+    tokenizer.encode(['a \udcff'], 8)
+
+
 def test_travels(tokenizer, tmp_path):
   file = tmp_path / f'tokenizer{tokenizer.suffix}'
   file.write_bytes(tokenizer.to_bytes())
