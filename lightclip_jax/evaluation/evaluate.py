@@ -1,7 +1,6 @@
 """Evaluation of a model by tasks, in training and alone."""
 import dataclasses
 import functools
-import pathlib
 import time
 from collections.abc import Mapping, Sequence
 
@@ -69,11 +68,5 @@ def run_each(session: Session, chosen: Mapping[str, tasks.Task], debug: bool = F
   return results
 
 
-def short(task: str) -> str:
-  """The task's name as it stands in metrics. A folder or file is named by its last part, since "/" parts the names."""
-  kind, colon, argument = task.partition(':')
-  return f'{kind}{colon}{pathlib.PurePath(argument).stem if argument else ""}'
-
-
 def _named(task: str, metrics: Sequence[Metric]) -> tuple[Metric, ...]:
-  return tuple(dataclasses.replace(metric, name=f'eval/{short(task)}/{metric.name}') for metric in metrics)
+  return tuple(dataclasses.replace(metric, name=f'eval/{tasks.short(task)}/{metric.name}') for metric in metrics)

@@ -22,9 +22,9 @@ def tasks_of(config: config_lib.Config) -> dict[str, tasks.Task]:
     UserError: for an unknown task, or a `checkpoint.best` that none of them measures.
   """
   chosen, best = evaluate.of_splits(config.evaluation.splits) | tasks.choose(config.evaluation.tasks), config.checkpoint.best
-  if best and not best.startswith(tuple(f'eval/{evaluate.short(name)}/' for name in chosen)):
+  if best and not best.startswith(tuple(f'eval/{tasks.short(name)}/' for name in chosen)):
     raise UserError(f'checkpoint.best is {best!r}; it must be eval/TASK/METRIC of a task that is evaluated: '
-                    f'{", ".join(map(evaluate.short, chosen))}')
+                    f'{", ".join(map(tasks.short, chosen))}')
   return chosen
 
 

@@ -140,6 +140,7 @@ def test_whole_tables_fit_their_sets():
 @pytest.mark.parametrize('call, words', [
   (lambda p: tasks.find('zero_sot:digits'), "unknown task 'zero_sot:digits'; there are: heldout_images.*zero_shot:SET"),
   (lambda p: tasks.find('knn:digit'), "unknown image set 'digit'; there are: digits.*cifar10"),
+  (lambda p: tasks.choose(['knn:./a/x', 'knn:./b/x', 'zero_shot:./b/x']), "'knn:./a/x' and 'knn:./b/x' would both be 'knn:x'"),
   (lambda p: folder.load(f'{p}/missing'), 'there is no folder'),
   (lambda p: prompts.choose(f'{p}/none.json'), 'cannot read the prompts'),
   (lambda p: prompts.choose(str(file(p, '["a photo"]'))), 'texts with {} once each'),

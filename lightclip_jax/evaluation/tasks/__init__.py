@@ -4,6 +4,7 @@ A task takes a `Session` and returns its metrics by their short names; in logs a
 `eval/<task>/<metric>`. A family makes a task of an argument: `zero_shot:digits`.
 """
 import functools
+import pathlib
 from collections.abc import Callable, Sequence
 
 from lightclip_jax.data import sources
@@ -61,7 +62,18 @@ def choose(names: Sequence[str]) -> dict[str, Task]:
   """Tasks by name, each once, in the order given; 'all' stands for all that need no further data.
 
   Raises:
-    UserError: for an unknown one.
+    UserError: for an unknown one, or for two whose metrics would have the same names.
   """
   flat = [each for name in names for each in (BUILT_IN if name == 'all' else (name,))]
-  return {name: find(name) for name in dict.fromkeys(flat)}
+  shorts: dict[str, str] = {}
+  for name in dict.fromkeys(flat):
+    if (other := shorts.setdefault(short(name), name)) != name:
+      raise UserError(f'the tasks {other!r} and {name!r} would both be {short(name)!r} in the results; evaluate them one by '
+                      'one, or call one of them otherwise (by a link)')
+  return {name: find(name) for name in shorts.values()}
+
+
+def short(task: str) -> str:
+  """The task's name as it stands in metrics. A folder or file is named by its last part, since "/" parts the names."""
+  kind, colon, argument = task.partition(':')
+  return f'{kind}{colon}{pathlib.PurePath(argument).stem if argument else ""}'
