@@ -51,13 +51,14 @@ def evaluate(path: storage.Path, chosen: Mapping[str, tasks.Task], out: str, *, 
   session = Session(embedder, folder, templates=templates, token_matching=config.objective.token_matching)
   chosen = chosen or evaluation.of_splits(config.evaluation.splits) | tasks.choose(config.evaluation.tasks)
   found = evaluation.run_each(session, chosen, debug)
+  # First: what took hours must not be lost where the files cannot be written.
+  distributed.say(metrics.format_table([metric for result in found for metric in result.metrics]))
   about = json.loads(json.dumps(dataclasses.asdict(config)))
   if jax.process_index() == 0:
     subject = results.Subject(str(path), loaded.step, about, loaded.preprocessing)
     results.write(out, subject, found)
     if csv:
       results.append_csv(csv, subject, found)
-  distributed.say(metrics.format_table([metric for result in found for metric in result.metrics]))
   failed = [result.task for result in found if result.error]
   for result in found:
     if result.error and jax.process_index() == 0:

@@ -59,6 +59,10 @@ def test_the_command_writes_what_the_function_measures(folder, loaded, session, 
   evaluate.main(evaluate.parse(['--checkpoint=run', f'--out={out}']))
   names = {m['name'].split('/')[1] for m in json.loads(out.read_text())['metrics']}
   assert names == set(loaded.config.evaluation.splits)
+  capsys.readouterr()
+  with pytest.raises(IsADirectoryError):
+    evaluate.main(evaluate.parse(['--checkpoint=run', '--task=heldout_style', f'--out={tmp_path}']))
+  assert 'heldout_style/concept_top1' in capsys.readouterr().out   # what was measured is not lost
   with pytest.raises(UserError, match='evaluation batch size is 0'):   # not the config's
     evaluate.main(evaluate.parse(['--checkpoint=run', '--batch_size=0', f'--out={out}']))
 
