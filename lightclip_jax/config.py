@@ -94,7 +94,7 @@ class Data:
   """Where pairs come from and how they are augmented."""
   dataset: str = 'emoji'       # built-in name, folder made by `lightclip_jax.prepare`, KIND:PATH, or several with ' + '
   weights: tuple[float, ...] = ()   # of the parts of a mixture; (): as many examples of each as it has records
-  tokenizer: str = ''          # a tokenizer file for sources that bring none; '': that of the first prepared folder
+  tokenizer: str = ''          # a tokenizer file; '': that of the first prepared folder, other sources bring none
   image_column: str = ''       # of tables; '': the usual names, such as filepath
   caption_column: str = ''     # of tables; '': the usual names, such as title
   image_root: str = ''         # folder that a table's image paths are relative to; '': the table's own

@@ -178,6 +178,24 @@ def test_a_mixture_is_evaluated_on_its_first_prepared_folder(made, tmp_path):
     assert list(map(got.__getitem__, range(len(got)))) == list(map(expected.__getitem__, range(len(expected))))
 
 
+def test_a_prepared_folder_with_another_tokenizer(tmp_path, monkeypatch):
+  # It was not looked at, so that a vocabulary of the same size was another without a word.
+  monkeypatch.setenv('LIGHTCLIP_DATA', str(tmp_path / 'cache'))
+  shapes.prepare(tmp_path / 'folder', size=16)
+  other = tokenizers.train(['a cat', 'a dog', 'two houses and a tree'], 80)
+  (tmp_path / 'other.model').write_bytes(other.to_bytes())
+  options = config.replace(config.Data(), tokenizer=str(tmp_path / 'other.model'))
+  folder = datasets.resolve(str(tmp_path / 'folder'), options)
+  assert pipeline.load_tokenizer(folder).to_bytes() == other.to_bytes()
+  own, now = manifest.load(tmp_path / 'folder'), manifest.load(folder)
+  assert (now.concepts, now.groups, now.splits.keys()) == (own.concepts, own.groups, own.splits.keys())
+  for split in own.splits:
+    got, expected = sources.open_split(folder, split), sources.open_split(tmp_path / 'folder', split)
+    assert list(map(got.__getitem__, range(len(got)))) == list(map(expected.__getitem__, range(len(expected))))
+  with pytest.raises(UserError, match='there is no tokenizer file'):
+    datasets.resolve(str(tmp_path / 'folder'), config.replace(options, tokenizer=str(tmp_path / 'nix.model')))
+
+
 @pytest.mark.parametrize('every', [0, 5])
 def test_what_a_folder_holds_out_is_not_what_a_mixture_trains_on(made, tmp_path, every):
   names, options = made

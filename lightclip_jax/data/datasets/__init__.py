@@ -38,8 +38,9 @@ def folder_of(name: str) -> pathlib.Path:
 def resolve(name: str, options: configs.Data | None = None) -> storage.Path:
   """The folder of a data set; a built-in one is prepared in the cache if it is not there yet.
 
-  For KIND:PATH, and for several joined by " + ", that is a folder in the cache with a manifest that points to them, the
-  tokenizer, and indexes; the data stay where they are. Held-out splits and concepts are those of the first prepared folder.
+  For KIND:PATH, for several joined by " + ", and for a prepared folder with another tokenizer than its own, that is a folder
+  in the cache with a manifest that points to them, the tokenizer, and indexes; the data stay where they are. Held-out splits
+  and concepts are those of the first prepared folder.
 
   Args:
     name: a built-in name, a prepared folder, KIND:PATH, or several.
@@ -48,13 +49,18 @@ def resolve(name: str, options: configs.Data | None = None) -> storage.Path:
   Raises:
     UserError: for something that is none of these, or if the preparation fails.
   """
-  if _PLUS not in name and name.partition(':')[0] not in sources.SOURCES:
+  options = options or configs.Data()
+  if is_prepared(name) and not options.tokenizer:
     folder = _prepared(name)
     manifest.load(folder)
     return folder
-  options = options or configs.Data()
   contents = about(name, options)
   return _point_to(name, contents, _tokenizer_file(name, contents, options))
+
+
+def is_prepared(name: str) -> bool:
+  """Whether a data set is one prepared folder, or a built-in set, by its name."""
+  return _PLUS not in name and name.partition(':')[0] not in sources.SOURCES
 
 
 def about(name: str, options: configs.Data) -> dict[str, Any]:
