@@ -132,10 +132,14 @@ def _fitted(path: str, array: np.ndarray, ours: Any, report: Report, vocabulary:
     rows = min(len(array), shape[0])
     report.resized.append(note)
     return np.concatenate([array[:rows], np.asarray(ours)[rows:]])
-  if re.search(r'(position_embedding|relative_position_bias)$', path) and array.shape[-1] == shape[-1]:
-    report.resized.append(note)
-    return (_resized_line if '/text/' in path else _resized_grid)(array, shape)
-  hint = "; the policy 'skip' or 'rows' of config.init.vocabulary allows it" if of_words else ''
+  of_places = bool(re.search(r'(position_embedding|relative_position_bias)$', path))
+  if of_places and array.shape[-1] == shape[-1] and array.ndim == len(shape):
+    of_text = '/text/' in path
+    if of_text or _side(array.shape[-2] - (array.ndim - 2)):
+      report.resized.append(note)
+      return (_resized_line if of_text else _resized_grid)(array, shape)
+  hint = ("; the policy 'skip' or 'rows' of config.init.vocabulary allows it" if of_words else
+          '; only a square grid, behind a class token where ours is, can be resized' if of_places else '')
   raise UserError(f'{path} has shape {array.shape}, the model needs {shape}{hint}')
 
 

@@ -115,6 +115,8 @@ def test_a_checkpoint_of_another_vocabulary():
 
 @pytest.mark.parametrize('weights, words', [
   ({'cls_token': np.zeros((1, 1, 9))}, r"'w.pth' does not fit: params/image/class_token has shape \(1, 1, 9\)"),
+  ({'pos_embed': np.zeros((1, 16, 3))}, r'has shape \(1, 16, 3\), the model needs \(1, 5, 3\); only a square grid'),
+  ({'pos_embed': np.zeros((16, 3))}, r'has shape \(16, 3\), the model needs \(1, 5, 3\)'),
   ({'layer1.0.conv1.weight': np.zeros((3, 3, 1, 1))}, "no rule for the weight 'layer1.0.conv1.weight'"),
   ({'head.weight': np.zeros((3, 3))}, 'no tensor of this image tower'),
 ])
