@@ -89,8 +89,9 @@ def test_vocabulary_policies(monkeypatch, policy):
 
 def test_parts_of_our_own_checkpoints():
   ours, theirs = vit(), vit()
+  theirs['params']['text']['block7'] = theirs['params']['image']['block7'] = {'bias': np.zeros(3)}
   new, report = pretrained.restore_partially(theirs, ours, '^params/text')
-  assert len(report.matched) == 5
+  assert len(report.matched) == 5 and report.lines()[1:] == ['1 unused: params/text/block7/bias']
   np.testing.assert_allclose(new['params']['text']['position_embedding'], theirs['params']['text']['position_embedding'],
                              rtol=1e-6)
   assert new['params']['image'] == ours['params']['image']
