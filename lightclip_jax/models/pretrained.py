@@ -87,11 +87,14 @@ def restore_partially(source: Variables, variables: Variables, pattern: str,
   except re.error as error:
     raise UserError(f'config.init.checkpoint_pattern {pattern!r} is no regular expression: {error}') from error
   report, flat, theirs = Report(), _flatten(variables), _flatten(source)
-  for path, array in theirs.items():
-    if re.search(pattern, path) and path not in flat:
-      report.unused.append(path)
-    elif re.search(pattern, path):
-      flat[path] = _fitted(path, array, flat[path], report, vocabulary)
+  try:
+    for path, array in theirs.items():
+      if re.search(pattern, path) and path not in flat:
+        report.unused.append(path)
+      elif re.search(pattern, path):
+        flat[path] = _fitted(path, array, flat[path], report, vocabulary)
+  except UserError as error:
+    raise UserError(f'the checkpoint does not fit: {error}; config.init.checkpoint_pattern can leave it out') from error
   if not report.matched + report.resized:
     raise UserError(f'no parameter of the checkpoint matches {pattern!r}; they are named like {next(iter(theirs))!r}')
   report.missing = [path for path in flat if re.search(pattern, path) and path not in theirs]
