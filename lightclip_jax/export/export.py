@@ -46,6 +46,8 @@ def export(loaded: checkpoint.Loaded, kind: str, out: pathlib.Path, *, data: pat
     inputs = {**inputs, **verify.real(towers, data)}
   else:
     yield f'the data set {loaded.config.data.dataset!r} is not here: verified on noise alone (--data names a prepared folder)'
+  for earlier in out.glob('tokenizer*'):   # of another kind, it would be read in the place of this one
+    earlier.unlink()
   tokenizer_file = f'tokenizer{loaded.tokenizer.suffix}'
   (out / tokenizer_file).write_bytes(loaded.tokenizer.to_bytes())
   about = {**FORMATS[kind](towers, out), **towers.description(), 'tokenizer': tokenizer_file}

@@ -136,7 +136,12 @@ def test_open_clip_folder(workdir, model, tmp_path, monkeypatch, capsys):
   pytest.importorskip('tokenizers')
   from safetensors.numpy import load_file
   monkeypatch.delenv(open_clip.TORCH_PYTHON, raising=False)
+  (tmp_path / 'out').mkdir()
+  (tmp_path / 'out/model.json').write_text('{"format": "open_clip"}')
+  (tmp_path / 'out/tokenizer.gz').write_bytes(b'of an earlier export')   # it would go before tokenizer.json
   run(workdir, tmp_path / 'out', '--format=open_clip')
+  assert sorted(file.name for file in (tmp_path / 'out').glob('tokenizer*')) == [
+    'tokenizer.json', 'tokenizer.model', 'tokenizer_config.json']
   assert 'not verified' in capsys.readouterr().out
   names = set(load_file(tmp_path / 'out/open_clip_model.safetensors'))
   assert {n.split('.')[0] for n in names} == {'visual', 'text', 'logit_scale'}
