@@ -358,7 +358,7 @@ def test_workers_end_with_their_parent_and_quietly(shapes_folder, tmp_path, how)
         os.killpg(child.pid, how)                           # as the terminal does: to the workers too
       else:
         child.send_signal(how)
-      errors = child.communicate(timeout=60)[1]
+      errors = child.communicate(timeout=300)[1]
     finally:
       child.kill()
   if how == signal.SIGINT:
