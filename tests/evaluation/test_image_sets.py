@@ -17,7 +17,7 @@ from lightclip_jax.evaluation.tasks import training_part
 
 class Pixels:
   """Embeds an image as its pixels, and a text as the colour that it names."""
-  image_size, batch_size, context, logit_scale = 8, 100, 8, 5.0
+  image_size, batch_size, context, logit_scale, share, shares = 8, 100, 8, 5.0, 0, 1
 
   def images(self, batches):
     rows = np.concatenate([batch['image'][batch['index'] >= 0] for batch in batches]).astype(np.float32)

@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
 
 class Oracle:
   """Embeds an image as the text that `answer` gives for its record; each text has an axis of its own."""
-  image_size, batch_size, context, logit_scale = 16, 32, 8, 10.0
+  image_size, batch_size, context, logit_scale, share, shares = 16, 32, 8, 10.0, 0, 1
 
   def __init__(self, folder, answer):
     self.axes, self.answer, self.tokenizer = {}, answer, pipeline.load_tokenizer(folder)
