@@ -27,6 +27,9 @@ from typing import Any
 import matplotlib.pyplot as plt
 import tqdm
 
+from lightclip_jax import cli
+from lightclip_jax.errors import UserError
+
 Options = dict[str, Any]
 Tables = dict[tuple[str, str, str, str], dict[str, list[dict[str, Any]]]]   # size, study, tower, machine -> row -> its lines
 
@@ -87,7 +90,9 @@ PLOTTED = 'text → image R@1'
 
 
 def runs(flags: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Options]]:
-  """What names each run, and its options; all rows of a seed before the next seed."""
+  """What names each run, and its options; all rows of a seed before the next seed. Raises UserError for an unknown row."""
+  if unknown := [row for row in flags.rows or () if row not in STUDIES[flags.study]]:
+    raise UserError(f'--rows has {unknown[0]!r}; the study {flags.study!r} has: {", ".join(STUDIES[flags.study])}')
   variant, changes = SIZES[flags.size]
   tasks = {} if flags.size == 'test' else {'evaluation.tasks': TASKS}
   for tower in flags.towers:
@@ -239,6 +244,8 @@ def main() -> None:
   parser.add_argument('--jobs', type=int, default=1, help='runs side by side')
   flags = parser.parse_args()
   lines = [json.loads(line) for line in flags.out.read_text().splitlines()] if flags.out.exists() else []
+  if flags.report and not lines:   # the page's tables would be replaced by none
+    raise UserError(f'{str(flags.out)!r} has no runs to report; --out names the lines of JSON that earlier runs wrote')
   if flags.report:
     report(lines, flags.report)
     return
@@ -269,4 +276,4 @@ def side_by_side(pairs: Sequence[tuple[dict[str, Any], Options]], folder: pathli
 
 
 if __name__ == '__main__':
-  main()
+  sys.exit(cli.run(main))

@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import ablation
 from lightclip_jax import config as config_lib
+from lightclip_jax.errors import UserError
 from lightclip_jax.models import lightclip
 
 
@@ -78,6 +79,16 @@ def test_what_is_recorded_is_not_run_again(tmp_path, monkeypatch):
   monkeypatch.setattr('os.sched_getaffinity', lambda process: {5, 6})
   ablation.main()
   assert len(made) == 9 + 3, 'two cores are another machine'
+
+
+def test_mistakes_do_and_overwrite_nothing(tmp_path, monkeypatch):
+  page = tmp_path / 'RESULTS.md'
+  page.write_text('## Tables\nof many runs')
+  for mistake, said in ((f'--report={page}', 'has no runs to report'), ('--rows=CLP', "--rows has 'CLP'; .*CLIP, ")):
+    monkeypatch.setattr('sys.argv', ['ablation', f'--out={tmp_path / "none.jsonl"}', f'--runs={tmp_path / "runs"}', mistake])
+    with pytest.raises(UserError, match=said):
+      ablation.main()
+  assert page.read_text() == '## Tables\nof many runs'
 
 
 def test_a_run_that_fails_ends_those_that_wait(tmp_path, monkeypatch):
