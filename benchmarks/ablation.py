@@ -240,8 +240,8 @@ def main() -> None:
   parser.add_argument('--study', choices=STUDIES, default='rows')
   parser.add_argument('--rows', nargs='+', help='of the study; all if not given')
   parser.add_argument('--towers', nargs='+', default=['mbv2'])
-  parser.add_argument('--seeds', type=int, default=3)
-  parser.add_argument('--jobs', type=int, default=1, help='runs side by side')
+  parser.add_argument('--seeds', type=cli.positive, default=3)
+  parser.add_argument('--jobs', type=cli.positive, default=1, help='runs side by side')
   flags = parser.parse_args()
   lines = [json.loads(line) for line in flags.out.read_text().splitlines()] if flags.out.exists() else []
   if flags.report and not lines:   # the page's tables would be replaced by none

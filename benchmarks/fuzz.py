@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 sys.path.append(str(pathlib.Path(__file__).parents[1] / 'tests/data'))
 import source_files  # noqa: E402  (the path above must be set first)
 
+from lightclip_jax import cli  # noqa: E402
 from lightclip_jax.data import faults, sources, transforms  # noqa: E402
 from lightclip_jax.data.faults import BadRecord  # noqa: E402
 from lightclip_jax.errors import UserError  # noqa: E402
@@ -171,7 +172,7 @@ def run(kind: str, inputs: int, seed: int) -> dict[str, int]:
 def main() -> None:
   """Fuzzes all formats and prints the counts."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--inputs', type=int, default=25_000, help='of all formats together')
+  parser.add_argument('--inputs', type=cli.positive, default=25_000, help='of all formats together')
   parser.add_argument('--seed', type=int, default=0)
   args = parser.parse_args()
   start = time.perf_counter()
@@ -181,4 +182,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  main()
+  sys.exit(cli.run(main))

@@ -22,6 +22,7 @@ import jax
 import numpy as np
 import tqdm
 
+from lightclip_jax import cli
 from lightclip_jax import config as config_lib
 from lightclip_jax.training import preemption
 from lightclip_jax.training.loop import Run
@@ -34,8 +35,8 @@ def main() -> None:
   """Measures, prints and writes JSON."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--config', default='configs/mbv2.py:quickstart')
-  parser.add_argument('--rounds', type=int, default=9)
-  parser.add_argument('--steps', type=int, default=10, help='in each half of a round')
+  parser.add_argument('--rounds', type=cli.positive, default=9)
+  parser.add_argument('--steps', type=cli.positive, default=10, help='in each half of a round')
   parser.add_argument('--out', type=pathlib.Path)
   flags = parser.parse_args()
   with tempfile.TemporaryDirectory() as folder:
@@ -123,4 +124,4 @@ def measure(config: config_lib.Config, workdir: pathlib.Path, rounds: int, steps
 
 
 if __name__ == '__main__':
-  main()
+  sys.exit(cli.run(main))

@@ -13,6 +13,7 @@ import json
 import os
 import pathlib
 import platform
+import sys
 import time
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
@@ -28,6 +29,7 @@ import numpy as np  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding  # noqa: E402
 
+from lightclip_jax import cli  # noqa: E402
 from lightclip_jax.objectives import sinkhorn, sinkhorn_plan, softened_contrastive_loss  # noqa: E402
 
 matplotlib.use('Agg')
@@ -153,8 +155,8 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0],
                                    epilog='example: python -m benchmarks.objectives --out=docs --batches 1024 2048')
   parser.add_argument('--out', type=pathlib.Path, default=pathlib.Path('docs'), help='folder of the JSON and the plot')
-  parser.add_argument('--batches', type=int, nargs='+', default=[1024, 2048, 4096])
-  parser.add_argument('--devices', type=int, nargs='+', default=[1, 2, 8])
+  parser.add_argument('--batches', type=cli.positive, nargs='+', default=[1024, 2048, 4096])
+  parser.add_argument('--devices', type=cli.positive, nargs='+', default=[1, 2, 8])
   args = parser.parse_args()
   machine = f'{os.cpu_count()}-core CPU ({platform.machine()}), simulated devices'
   results = dict(machine=machine, jax=jax.__version__, embedding=D, contrastive=[], sinkhorn=[], sinkhorn_tpu_v5e=[])
@@ -172,4 +174,4 @@ def main():
 
 
 if __name__ == '__main__':
-  main()
+  sys.exit(cli.run(main))

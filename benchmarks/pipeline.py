@@ -30,6 +30,7 @@ import pyarrow.parquet
 import simplejpeg
 import tqdm
 
+from lightclip_jax import cli
 from lightclip_jax import config as configs
 from lightclip_jax.data import convert, datasets, pipeline, sources, tokenizers
 
@@ -170,9 +171,9 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--out', type=pathlib.Path)
   parser.add_argument('--open_clip', metavar='PYTHON')
-  parser.add_argument('--images', type=int, default=2000)
-  parser.add_argument('--batches', type=int, default=2, help='of each, in a round')
-  parser.add_argument('--rounds', type=int, default=5)
+  parser.add_argument('--images', type=cli.positive, default=2000)
+  parser.add_argument('--batches', type=cli.positive, default=2, help='of each, in a round')
+  parser.add_argument('--rounds', type=cli.positive, default=5)
   parser.add_argument('--measure', type=pathlib.Path, help=argparse.SUPPRESS)
   args = parser.parse_args()
   if args.measure:
@@ -223,4 +224,4 @@ def plot(result: dict[str, Any], path: pathlib.Path) -> None:
 
 
 if __name__ == '__main__':
-  main()
+  sys.exit(cli.run(main))

@@ -3,6 +3,7 @@
 COMMAND  python -m benchmarks.retrieval
 Measured on 2 CPU cores: see docs/EVALUATION.md.
 """
+import argparse
 import resource
 import time
 
@@ -16,6 +17,7 @@ IMAGES, CAPTIONS, DIM = 5000, 5, 512
 
 def main() -> None:
   """Prints seconds, and GiB at the peak beyond the embeddings (and the imported packages)."""
+  argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
   rng = np.random.default_rng(0)
   images, texts = (rng.normal(size=(count, DIM)).astype(np.float32) for count in (IMAGES, IMAGES * CAPTIONS))
   images, texts = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (images, texts))

@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import platform
+import sys
 import time
 from collections.abc import Callable
 
@@ -33,7 +34,7 @@ def main() -> None:
   """Measures, prints and writes JSON."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--config', default='configs/mbv2.py:quickstart')
-  parser.add_argument('--rounds', type=int, default=7)
+  parser.add_argument('--rounds', type=cli.positive, default=7)
   parser.add_argument('--out', type=pathlib.Path)
   flags, rest = parser.parse_known_args()
   text = json.dumps(measure(config_lib.load(flags.config, cli.config_overrides(rest)), flags.rounds), indent=1)
@@ -87,4 +88,4 @@ def timed(function: Callable[..., jax.Array], *arguments: jax.Array) -> Callable
 
 
 if __name__ == '__main__':
-  main()
+  sys.exit(cli.run(main))

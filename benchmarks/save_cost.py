@@ -11,14 +11,15 @@ import json
 import os
 import pathlib
 import platform
+import sys
 import tempfile
 import time
 
 import jax
 import numpy as np
 
+from lightclip_jax import cli, sharding
 from lightclip_jax import config as config_lib
-from lightclip_jax import sharding
 from lightclip_jax.data import datasets, pipeline
 from lightclip_jax.training import checkpoint
 from lightclip_jax.training.step import Trainer, put_batch
@@ -30,8 +31,8 @@ def main() -> None:
   """Measures, prints and writes JSON."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--config', default='configs/mbv2.py:quickstart')
-  parser.add_argument('--rounds', type=int, default=7)
-  parser.add_argument('--steps', type=int, default=6, help='in each half of a round')
+  parser.add_argument('--rounds', type=cli.positive, default=7)
+  parser.add_argument('--steps', type=cli.positive, default=6, help='in each half of a round')
   parser.add_argument('--out', type=pathlib.Path)
   flags = parser.parse_args()
   with tempfile.TemporaryDirectory() as folder:
@@ -82,4 +83,4 @@ def measure(config: config_lib.Config, workdir: pathlib.Path, rounds: int, steps
 
 
 if __name__ == '__main__':
-  main()
+  sys.exit(cli.run(main))

@@ -10,11 +10,13 @@ os.environ.update(OMP_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1', MKL_NUM_THREADS
 import argparse  # noqa: E402
 import pathlib  # noqa: E402
 import statistics  # noqa: E402
+import sys  # noqa: E402
 import tempfile  # noqa: E402
 import time  # noqa: E402
 
 import numpy as np  # noqa: E402
 
+from lightclip_jax import cli  # noqa: E402
 from lightclip_jax.search import index, pictures, ranking, towers  # noqa: E402
 
 VECTORS, DIM = 100_000, 512
@@ -76,7 +78,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--model', type=pathlib.Path, required=True)
   parser.add_argument('--pictures', type=pathlib.Path, required=True)
-  parser.add_argument('--processes', type=int, default=os.cpu_count() or 1)
+  parser.add_argument('--processes', type=cli.positive, default=os.cpu_count() or 1)
   args = parser.parse_args()
   with tempfile.TemporaryDirectory() as folder:
     print(f'{VECTORS:,} vectors of {DIM}: {search(pathlib.Path(folder)):.1f} ms a query on one core')
@@ -86,4 +88,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  main()
+  sys.exit(cli.run(main))

@@ -9,6 +9,7 @@ import argparse
 import functools
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lightclip_jax import config
+from lightclip_jax import cli, config
 from lightclip_jax.models import image_towers, layers, norm
 
 
@@ -101,11 +102,11 @@ def compare(image: config.ImageTower, batch: int, repeats: int, dtype: str) -> d
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--tower', default='mobilenet_v2', choices=list(image_towers.TOWERS))
-  parser.add_argument('--size', type=int, default=64)
+  parser.add_argument('--size', type=cli.positive, default=64)
   parser.add_argument('--width', type=float, default=1.0)
   parser.add_argument('--stem-stride', type=int, default=2)
-  parser.add_argument('--batch', type=int, default=128)
-  parser.add_argument('--repeats', type=int, default=5)
+  parser.add_argument('--batch', type=cli.positive, default=128)
+  parser.add_argument('--repeats', type=cli.positive, default=5)
   parser.add_argument('--dtype', default='float32', choices=['float32', 'bfloat16'])
   parser.add_argument('--out', help='a JSON file; without it the result is printed only')
   args = parser.parse_args()
@@ -119,4 +120,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  main()
+  sys.exit(cli.run(main))

@@ -27,6 +27,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import tqdm
 
+from lightclip_jax import cli
 from lightclip_jax import config as config_lib
 from lightclip_jax.errors import UserError
 
@@ -197,13 +198,13 @@ def main() -> None:
   parser.add_argument('--out', type=pathlib.Path)
   parser.add_argument('--open_clip', metavar='PYTHON')
   parser.add_argument('--tower', choices=TOWERS, default='mobilenet_v2')
-  parser.add_argument('--batch', type=int, default=32)
+  parser.add_argument('--batch', type=cli.positive, default=32)
   parser.add_argument('--dtypes', nargs='+', default=['float32'], help='ours')
   parser.add_argument('--peer_dtypes', nargs='+', default=['float32', 'bfloat16'], help='of open_clip')
-  parser.add_argument('--lengths', nargs='+', type=int, default=[CONTEXT], help='of the texts of ours')
+  parser.add_argument('--lengths', nargs='+', type=cli.positive, default=[CONTEXT], help='of the texts of ours')
   parser.add_argument('--full', action='store_true')
-  parser.add_argument('--rounds', type=int, default=5)
-  parser.add_argument('--steps', type=int, default=2, help='of each setting in a round')
+  parser.add_argument('--rounds', type=cli.positive, default=5)
+  parser.add_argument('--steps', type=cli.positive, default=2, help='of each setting in a round')
   parser.add_argument('--serve', metavar='DTYPE', help=argparse.SUPPRESS)
   parser.add_argument('--length', type=int, default=CONTEXT, help=argparse.SUPPRESS)
   flags = parser.parse_args()
@@ -219,4 +220,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  main()
+  sys.exit(cli.run(main))

@@ -1,5 +1,6 @@
 """What all entry points share: a mistake of the user's is one line and exit code 2, Ctrl-C one line and 130, a disk that
 takes no more, or does not answer, one line and 1."""
+import argparse
 import errno
 import sys
 from collections.abc import Callable
@@ -44,6 +45,13 @@ def _named(error: OSError) -> OSError:
   while found and not getattr(found, 'filename', None):
     found = found.__context__
   return found if isinstance(found, OSError) else error
+
+
+def positive(text: str) -> int:
+  """A flag's whole number from 1, for argparse."""
+  if not text.isdecimal() or not int(text):
+    raise argparse.ArgumentTypeError(f'{text!r} is not a whole number from 1')
+  return int(text)
 
 
 def config_overrides(arguments: list[str]) -> dict[str, str]:

@@ -33,7 +33,7 @@ def _index_flags(flags: argparse.ArgumentParser) -> None:
   _model_flag(flags)
   flags.add_argument('--out', type=pathlib.Path, required=True, metavar='INDEX',
                      help='the index: a new folder, or one to bring up to date')
-  flags.add_argument('--processes', type=_positive, help='default: one a core')
+  flags.add_argument('--processes', type=cli.positive, help='default: one a core')
 
 
 def _query_flags(flags: argparse.ArgumentParser) -> None:
@@ -41,7 +41,7 @@ def _query_flags(flags: argparse.ArgumentParser) -> None:
   flags.add_argument('text', nargs='?', help='what the pictures should show')
   flags.add_argument('--image', type=pathlib.Path, metavar='FILE',
                      help='a picture to which others should be similar, instead of a text')
-  flags.add_argument('--top', type=_positive, default=10, help='how many answers (default 10)')
+  flags.add_argument('--top', type=cli.positive, default=10, help='how many answers (default 10)')
   flags.add_argument('--model', type=pathlib.Path, metavar='EXPORT',
                      help='the export, if it is no longer where the index was made')
   flags.add_argument('--json', action='store_true', help='answer [{"path", "cosine"}, …]')
@@ -61,12 +61,6 @@ def _bundle_flags(flags: argparse.ArgumentParser) -> None:
 def _model_flag(flags: argparse.ArgumentParser) -> None:
   flags.add_argument('--model', type=pathlib.Path, required=True, metavar='EXPORT',
                      help='a folder that `lightclip_jax.export --format=onnx` wrote')
-
-
-def _positive(text: str) -> int:
-  if not text.isdecimal() or not int(text):
-    raise argparse.ArgumentTypeError(f'{text!r} is not a whole number from 1')
-  return int(text)
 
 
 def _index(args: argparse.Namespace) -> None:
