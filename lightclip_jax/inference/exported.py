@@ -45,6 +45,9 @@ def describe(folder: pathlib.Path, kinds: Sequence[str] = ()) -> tuple[dict[str,
       names is missing.
   """
   kinds = kinds or tuple(READERS)
+  if not (folder / MODEL_FILE).is_file():
+    raise UserError(f'{str(folder)!r} is no exported folder ({MODEL_FILE} is missing); make one of a run with: '
+                    f'python -m lightclip_jax.export --format={kinds[0]}')
   try:
     about = json.loads((folder / MODEL_FILE).read_text(encoding='utf-8'))
     kind = about['format']

@@ -171,7 +171,7 @@ def test_mistakes_are_one_clear_line(made, export_folder, tmp_path):
       (['index', pictures_folder, model, f'--out={tmp_path}'], 'holds something else'),
       (['index', pictures_folder, f'--model={other}', f'--out={built}'], 'is of the model'),
       (['index', str(tmp_path), model, f'--out={built}'], 'is of the pictures'),
-      (['index', pictures_folder, f'--model={tmp_path}', '--out=x'], 'does not describe an exported model'),
+      (['index', pictures_folder, f'--model={tmp_path}', '--out=x'], 'is no exported folder.*export --format=onnx'),
       (['index', pictures_folder, f'--model={jax_only}', '--out=x'], 'is an export for stablehlo; this takes one for onnx: pyth'),
       (['serve', f'--model={outside}'], 'lies elsewhere'), (['serve', f'--model={linked}'], 'lies elsewhere')):
     with pytest.raises(UserError, match=words) as error:
