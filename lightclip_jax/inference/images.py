@@ -31,10 +31,17 @@ def prepare(images: Sequence[Image] | np.ndarray, size: int) -> np.ndarray:
     size: S.
 
   Raises:
-    UserError: for a file that is no whole image.
+    UserError: for a file that is no whole image, or an image without pixels.
   """
   rows = images if isinstance(images, np.ndarray) else map(_rgb, images)
-  return np.stack([transforms.evaluation_transform(row, size) for row in rows])
+  return np.stack([transforms.evaluation_transform(_not_empty(row), size) for row in rows])
+
+
+def _not_empty(image_HxWx3: np.ndarray) -> np.ndarray:
+  height, width, _ = image_HxWx3.shape
+  if not height or not width:   # such as a crop of nothing
+    raise UserError(f'images hold one of {width} × {height} pixels; each must have some')
+  return image_HxWx3
 
 
 def _rgb(image: Image) -> np.ndarray:
