@@ -27,7 +27,8 @@ class Folder:
       except (ImportError, ValueError, OSError) as error:
         raise UserError(f'cannot read {self.path!r}: {error}') from error
     if not found:
-      raise UserError(f'data folder {self.path!r} is not there')
+      what = 'is a file, not a folder' if self.local and os.path.exists(self._root) else 'is not there'
+      raise UserError(f'data folder {self.path!r} {what}')
 
   def files(self, *suffixes: str) -> list[str]:
     """Names of the files below the folder that end so, sorted; links are not followed."""

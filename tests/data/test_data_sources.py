@@ -341,6 +341,9 @@ def test_what_does_not_fit_is_one_line(made, tmp_path):
   (tmp_path / 'x.csv').write_text('"filepath,title\na.jpg,a ""quoted"" line break"')
   with pytest.raises(UserError, match='has no column filepath or .*; it has: filepath,title a.jpg'):
     datasets.resolve(f'csv:{tmp_path}/x.csv', options)
+  for kind in ('folder', 'webdataset', 'parquet'):   # as of an archive that should be unpacked
+    with pytest.raises(UserError, match='x.csv. is a file, not a folder'):
+      datasets.resolve(f'{kind}:{tmp_path}/x.csv', options)
   (tmp_path / 'x.parquet').write_bytes(b'PAR1 and more')
   with pytest.raises(UserError, match='no whole Parquet file'):
     datasets.resolve(f'parquet:{tmp_path}', options)
