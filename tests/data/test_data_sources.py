@@ -1,5 +1,6 @@
 """Every format gives the same records, in an order that only the seed decides, and goes on where it stopped."""
 import dataclasses
+import io
 import itertools
 import json
 import os
@@ -15,7 +16,7 @@ import pytest
 import source_files
 
 from lightclip_jax import config
-from lightclip_jax.data import datasets, manifest, pipeline, sources, tokenizers
+from lightclip_jax.data import datasets, files, manifest, pipeline, sources, tokenizers
 from lightclip_jax.data.datasets import shapes
 from lightclip_jax.data.faults import BadRecord
 from lightclip_jax.errors import UserError
@@ -326,6 +327,22 @@ def test_wrong_names_are_one_line(made, name, said):
   with pytest.raises(UserError, match=said) as error:
     datasets.resolve(name, made[1])
   assert '\n' not in str(error.value)
+
+
+def test_parquet_is_read_by_the_thread_that_asks(tmp_path, monkeypatch):
+  # One of Arrow's own aborted the process, with exit code 134, where that ended at the same time.
+  readers = set()
+
+  class Watched(io.FileIO):
+    def read(self, size=-1):
+      readers.add(threading.get_ident())
+      return super().read(size)
+
+  source_files.write_parquet(tmp_path, source_files.pairs(4))
+  source = sources.open_parts(datasets.about(f'parquet:{tmp_path}', config.Data()), 'train')
+  monkeypatch.setattr(files.Folder, 'open', lambda self, name: Watched(tmp_path / name))
+  assert [source[i].image for i in (0, 1)] == [image for _, image, _ in source_files.pairs(4)[::2]]
+  assert readers == {threading.get_ident()}
 
 
 def test_what_does_not_fit_is_one_line(made, tmp_path):
