@@ -1,4 +1,5 @@
 """What must fit together before a run starts. Each failure is one line that names the value and what would be right."""
+import base64
 import dataclasses
 import json
 import operator
@@ -66,6 +67,21 @@ def check_tokenizer(config: config_lib.Config, tokenizer: tokenizers.Tokenizer) 
   if tokenizer.end_id != text.end_id:
     raise UserError(f'model.text.end_id is {text.end_id}, but the tokenizer of {config.data.dataset!r} ends with '
                     f'{tokenizer.end_id}')
+
+
+def check_same_tokenizer(saved: str, tokenizer: tokenizers.Tokenizer) -> None:
+  """A run continues with the tokenizer that it began with; `data.tokenizer` may only say that the file lies elsewhere.
+
+  Args:
+    saved: the checkpoint's, its file in base64.
+    tokenizer: the data's.
+
+  Raises:
+    UserError: if they are two.
+  """
+  if base64.b64decode(saved) != tokenizer.to_bytes():
+    raise UserError('the tokenizer of the data is another than that of the run, whose words would get other ids; give the file '
+                    'that the run began with as data.tokenizer, or use another --workdir')
 
 
 def check_splits(config: config_lib.Config, folder: storage.Path) -> None:

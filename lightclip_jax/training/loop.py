@@ -90,6 +90,7 @@ class Run:
       self._meter, self._health = metrics.Meter(), health.Health(self.workdir, self.config.train.max_skipped)
     else:
       self.state, saved = restored
+      checks.check_same_tokenizer(saved.tokenizer, self._tokenizer)
       self.step = int(self.state.step)
       self._batches.restore(saved.iterator)
       self._meter = metrics.Meter(saved.meter)

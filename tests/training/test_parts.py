@@ -1,8 +1,10 @@
 """The small parts of a run: schedule, decay mask, meter, writer, checks."""
+import base64
 import contextlib
 import functools
 import json
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -145,6 +147,14 @@ def test_schedules_begin_before_they_finish(begin, finish):
   config = config_lib.replace(TINY, objective=dict(token_matching=dict(weight=falling)))
   with pytest.raises(UserError, match=f'objective.token_matching.weight begins at {begin} and finishes at {finish};'):
     Trainer.create(config, sharding.make_mesh(TINY.mesh, jax.devices()[:1]))
+
+
+def test_a_run_continues_with_its_own_tokenizer():
+  begun, other = (types.SimpleNamespace(to_bytes=lambda content=content: content) for content in (b'as it began', b'another'))
+  saved = base64.b64encode(begun.to_bytes()).decode()
+  checks.check_same_tokenizer(saved, begun)
+  with pytest.raises(UserError, match='another than that of the run'):
+    checks.check_same_tokenizer(saved, other)
 
 
 def test_counts_must_be_positive():
