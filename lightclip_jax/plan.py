@@ -18,13 +18,13 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, config_lib
   parser = argparse.ArgumentParser(
       prog='python -m lightclip_jax.plan',
       description='Compiles the training step for hardware that is not there, and says what it needs. TPU topologies '
-                  'need the package libtpu, and no TPU.',
+                  'need the package libtpu, GPUs JAX with CUDA (else they are planned by formula), and neither a device.',
       epilog='example: python -m lightclip_jax.plan --config=configs/mbv2.py:yfcc15m --topology=v5e:16x16 '
              '--config.train.batch_size=32768 --json=plan.json')
   parser.add_argument('--config', required=True, metavar='FILE[:VARIANT]',
                       help='a config; any option of it as --config.a.b=value')
   parser.add_argument('--topology', required=True, metavar='KIND:SHAPE',
-                      help='v4, v5e, v5p or v6e with a shape such as 16x16; cpu:N; gpu:N (by formula only)')
+                      help='v4, v5e, v5p or v6e with a shape such as 16x16; gpu:N (H100); cpu:N')
   parser.add_argument('--json', type=pathlib.Path, metavar='FILE', help='where to write the plan too')
   parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
   flags, rest = parser.parse_known_args(argv)

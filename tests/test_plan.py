@@ -1,4 +1,5 @@
 """Plans: what is read from a compiled program, the formulas, and the command."""
+import importlib.util
 import json
 import os
 import pathlib
@@ -150,12 +151,35 @@ def test_verdict_counts_donated_buffers_once_and_says_what_to_change():
   assert not too_much['fits'] and 'accumulate=2' in too_much['text'] and 'fsdp' in too_much['text']
 
 
+@pytest.mark.parametrize('installed, compiles', [((), False), (('jax_cuda12_plugin',), True), (('jax_cuda13_plugin',), True)])
+def test_gpus_are_compiled_for_where_the_plugin_is_at_hand(monkeypatch, installed, compiles):
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: name in installed or None)
+  assert Topology.parse('gpu:8').compiles is compiles and Topology.parse('v5e:2x2').compiles
+
+
+def test_a_gpu_is_not_full_of_what_jax_leaves_free():
+  verdict = measure.verdict(PLAN | dict(memory=PLAN['memory'] | dict(temporaries=55e9)), CHIPS['gpu'])
+  assert not verdict['fits'] and '75% can be used' in verdict['text'], 'JAX takes three quarters of a GPU when it starts'
+
+
+def test_scratch_memory_of_a_library_does_not_move():
+  text = """ENTRY %main (a: bf16[8,4], b: bf16[4,2]) -> f32[8,2] {
+  %a = bf16[8,4]{1,0} parameter(0)
+  %b = bf16[4,2]{1,0} parameter(1)
+  %product = (f32[8,2]{1,0}, s8[33554432]{0}) custom-call(%a, %b), custom_call_target="__cublas$lt$matmul"
+  ROOT %out = f32[8,2]{1,0} get-tuple-element(%product), index=0
+}
+"""
+  assert hlo.main_memory_bytes(text) == 2 * (8 * 4 + 4 * 2) + 4 * 8 * 2
+
+
 def run(*arguments):
   environment = os.environ | {'XLA_FLAGS': '', 'PYTHONWARNINGS': 'ignore'}
   return subprocess.run([sys.executable, '-m', 'lightclip_jax.plan', *arguments], cwd=ROOT, env=environment,
                         capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.skipif(Topology.parse('gpu:4').compiles, reason='JAX with CUDA is installed')
 def test_plan_by_formula(tmp_path):
   done = run(f'--config={TINY}', '--topology=gpu:4', '--config.mesh.fsdp=4', '--config.optimizer.name=adamw',
              f'--json={tmp_path / "plan.json"}')
@@ -180,7 +204,6 @@ def test_bad_input_is_one_line(arguments, part):
 
 
 def test_a_missing_compiler_is_one_line(monkeypatch):
-  import importlib.util
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
   with pytest.raises(UserError, match='pip install libtpu'):
     Topology.parse('v5e:2x2').devices()
@@ -199,6 +222,17 @@ def test_a_program_that_cannot_be_printed_says_so(monkeypatch):
   trainer = type('Trainer', (), {'lower_step': lambda self: jax.jit(lambda x: x).lower(1.0)})()
   found = measure._compiled(trainer)
   assert found['collectives_unread'] == 'INTERNAL: no such opcode' and found['collectives_beside_loops'] is None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Topology.parse('gpu:4').compiles, reason='the compiler for GPUs is not installed')
+def test_a_plan_for_gpus_without_one(tmp_path):
+  done = run(f'--config={TINY}', '--topology=gpu:8', f'--json={tmp_path / "plan.json"}')
+  assert done.returncode == 0, done.stderr
+  plan = json.loads((tmp_path / 'plan.json').read_text())
+  assert not plan['formula_only'] and plan['memory']['temporaries'] > 0 and plan['bytes_moved'] > 0 and plan['flops'] > 0
+  assert any(kind.startswith('collective-permute') for kind in plan['collectives']), 'the loss travels a ring'
+  assert not any(kind.startswith('all-gather') for kind in plan['collectives'])
 
 
 @pytest.mark.slow

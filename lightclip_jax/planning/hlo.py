@@ -59,8 +59,8 @@ def shape_bytes(shape: str) -> int:
 
 
 def main_memory_bytes(text: str) -> int:
-  """Bytes that a step of a TPU reads from and writes to main memory, about: arrays that the compiler keeps in the chip's fast
-  memory (S(1)) count only where they come from main memory, or go there."""
+  """Bytes that a step reads from and writes to main memory, about: arrays that the compiler keeps in a TPU's fast memory (S(1))
+  count only where they come from main memory, or go there. Of a conditional all branches count; GPUs' caches save nothing."""
   computations, entry = _split(text)
   runs, _ = _runs(computations, entry)
   inside = {name for lines in computations.values() for line in lines if not re.search(r' (while|conditional|call)\(', line)
@@ -83,7 +83,8 @@ def _main_bytes(lines: list[str]) -> int:
       moved = _parts(found[1])[0 if operation == 'copy-start' else 1]
       total += shape_bytes(moved) * sum(_in_main(shape) > 0 for shape in (moved, operands[0]))
     else:
-      total += sum(map(_in_main, [found[1], *operands]))
+      result = _parts(found[1])[0] if ' custom_call_target="__cu' in line else found[1]   # a library's, without its scratch memory
+      total += sum(map(_in_main, [result, *operands]))
   return total
 
 

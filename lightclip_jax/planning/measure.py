@@ -15,7 +15,6 @@ from lightclip_jax.planning.chips import Chip, Topology
 from lightclip_jax.training.step import Trainer, abstract_batch
 
 SHOWN = 8          # largest arrays, and collectives, that a plan names
-_RESERVED = 0.03   # of the memory: programs, stacks, what the runtime keeps
 
 
 def make_plan(config: config_lib.Config, topology: Topology) -> dict[str, Any]:
@@ -33,6 +32,9 @@ def make_plan(config: config_lib.Config, topology: Topology) -> dict[str, Any]:
           'formula_only': not topology.compiles}
   plan |= _state(trainer)
   plan |= _compiled(trainer) if topology.compiles else _by_formula(trainer, len(devices))
+  if plan['flops'] is None:   # GPUs' compiler counts none
+    counted = Trainer.create(config, sharding.make_mesh(config.mesh, topology.stand_ins()))
+    plan['flops'] = _by_formula(counted, len(devices))['flops']
   plan['roofline'] = roofline(plan, topology.chip) if topology.chip else None
   plan['verdict'] = verdict(plan, topology.chip)
   return plan
@@ -69,11 +71,12 @@ def _compiled(trainer: Trainer) -> dict[str, Any]:
       raise
     said = str(error).split('RESOURCE_EXHAUSTED:')[-1].strip().splitlines()[0]
     raise UserError(f'does not fit: {said} {advice(trainer.config)}') from error
-  seconds, memory, cost = time.perf_counter() - start, compiled.memory_analysis(), compiled.cost_analysis()
+  seconds, memory, cost = time.perf_counter() - start, compiled.memory_analysis(), compiled.cost_analysis() or {}
   try:
     text, unread = compiled.as_text(), ''
   except jax.errors.JaxRuntimeError as error:   # a libtpu that is newer than this jaxlib writes what it cannot print
     text, unread = '', str(error).splitlines()[0]
+  read = hlo.main_memory_bytes(text) if text else None
   found = hlo.collectives(text)
   beside = [one for one in found if not one.in_loop]
   return {
@@ -81,8 +84,8 @@ def _compiled(trainer: Trainer) -> dict[str, Any]:
       'memory': {'arguments': memory.argument_size_in_bytes, 'outputs': memory.output_size_in_bytes,
                  'aliased': memory.alias_size_in_bytes, 'temporaries': memory.temp_size_in_bytes,
                  'code': memory.generated_code_size_in_bytes},
-      'flops': cost['flops'], 'bytes_moved': cost['bytes accessed'],
-      'main_memory_bytes': hlo.main_memory_bytes(text) if text else None,
+      'flops': cost.get('flops'), 'bytes_moved': cost.get('bytes accessed', read),
+      'main_memory_bytes': read if cost else None,
       'collectives': hlo.summary(found), 'collectives_beside_loops': None if unread else len(beside),
       'collectives_unread': unread,
       'largest_collectives': [dataclasses.asdict(one) for one in
@@ -119,8 +122,9 @@ def verdict(plan: dict[str, Any], chip: Chip | None) -> dict[str, Any]:
             memory['arguments'] + memory['outputs'] - memory['aliased'] + memory['temporaries'] + memory['code'])
   if chip is None:
     return {'needed': needed, 'fits': None, 'text': 'runs in the memory of this machine'}
-  fits = needed <= (1 - _RESERVED) * chip.memory
-  text = f'{"fits" if fits else "does not fit"}: {needed / 2**30:.2f} of {chip.memory / 2**30:.2f} GiB a chip'
+  fits = needed <= chip.usable * chip.memory
+  text = (f'{"fits" if fits else "does not fit"}: {needed / 2**30:.2f} of {chip.memory / 2**30:.2f} GiB a chip, of which '
+          f'{chip.usable:.0%} can be used')
   if memory is None:
     text += ', without activations, which only a compiler knows'
   return {'needed': needed, 'fits': fits, 'text': text if fits else f'{text}; {advice(plan)}'}
