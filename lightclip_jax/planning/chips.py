@@ -8,6 +8,7 @@ import dataclasses
 import importlib.util
 import os
 import re
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -89,6 +90,8 @@ class Topology:
   def prepare(self) -> None:
     """Sets the environment that JAX reads when it is first used: no accelerator is touched."""
     os.environ['JAX_PLATFORMS'] = 'cpu'
+    if 'jax' in sys.modules:   # a config file may have imported it
+      sys.modules['jax'].config.update('jax_platforms', 'cpu')
     if self.kind in ('cpu', 'gpu'):
       flag = f'--xla_force_host_platform_device_count={self.count}' + f' {_NO_DEVICE}' * (self.kind == 'gpu')
       os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {flag}'.strip()
