@@ -9,6 +9,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lightclip_jax import config as config_lib
@@ -207,6 +208,15 @@ def test_a_missing_compiler_is_one_line(monkeypatch):
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
   with pytest.raises(UserError, match='pip install libtpu'):
     Topology.parse('v5e:2x2').devices()
+
+
+def test_a_compiler_that_does_not_start_is_one_line(monkeypatch):
+  def refuse(*_, **__):
+    raise NotImplementedError('topology not implemented for cuda')
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: name == 'jax_cuda13_plugin')
+  monkeypatch.setattr(topologies, 'get_topology_desc', refuse)
+  with pytest.raises(UserError, match=f'gpu:2.*not implemented.*{jax.__version__}'):
+    Topology.parse('gpu:2').devices()
 
 
 def test_a_program_that_cannot_be_printed_says_so(monkeypatch):

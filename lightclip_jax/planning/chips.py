@@ -104,7 +104,7 @@ class Topology:
     """The devices to compile for; for TPUs they exist in the compiler only.
 
     Raises:
-      UserError: without libtpu, or for a shape that the kind does not come in.
+      UserError: without libtpu, with half of JAX for CUDA, or for a shape that the kind does not come in.
     """
     if self.kind == 'cpu' or not self.compiles:
       return self.stand_ins()
@@ -112,8 +112,12 @@ class Topology:
     from jax.experimental import topologies
     if self.kind == 'gpu':
       hosts, each = -(-self.count // _GPUS_A_HOST), min(self.count, _GPUS_A_HOST)
-      return topologies.get_topology_desc(self.name, platform='cuda', target_config=_H100,
-                                          topology=f'1x{hosts}x{each}').devices[:self.count]
+      try:
+        return topologies.get_topology_desc(self.name, platform='cuda', target_config=_H100,
+                                            topology=f'1x{hosts}x{each}').devices[:self.count]
+      except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
+        raise UserError(f"the compiler for {self.name!r} does not start: {str(error).splitlines()[0]}; JAX's CUDA packages, plugin "
+                        f'and pjrt, must both be of version {jax.__version__}') from error
     if importlib.util.find_spec('libtpu') is None:
       raise UserError(f'the compiler for {self.name!r} is in the package libtpu, which is not installed: '
                       'pip install libtpu (it needs no TPU)')
