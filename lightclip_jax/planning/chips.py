@@ -5,6 +5,7 @@ The compiler for TPUs is in libtpu, that for GPUs in JAX's plugin for CUDA; both
 FLOP/s are dense bfloat16. Links: bytes a second that one chip can send to its neighbours, all links together, one way.
 """
 import dataclasses
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -35,7 +36,8 @@ CHIPS = {
     'v5e': Chip('TPU v5e', 197e12, 16e9, 819e9, 200e9, _CLOUD + 'v5e'),
     'v5p': Chip('TPU v5p', 459e12, 95e9, 2765e9, 600e9, _CLOUD + 'v5p'),
     'v6e': Chip('TPU v6e', 918e12, 32e9, 1600e9, 400e9, _CLOUD + 'v6e'),
-    'gpu': Chip('H100 SXM', 989e12, 80e9, 3350e9, 450e9, 'https://www.nvidia.com/en-us/data-center/h100/', usable=0.75),   # JAX's
+    'gpu': Chip('H100 SXM', 989e12, 80e9, 3350e9, 450e9, 'https://www.nvidia.com/en-us/data-center/h100/',
+                usable=0.75),   # what JAX takes when it starts
 }
 # What the GPU compiler asks a device for, in the words of its protocol buffer; versions of cuDNN and CUDA that any plugin has.
 _H100 = """
@@ -50,7 +52,15 @@ platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 } runtime_version { m
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
 _GPUS_A_HOST = 8
-_NO_DEVICE = '--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false'   # nothing can be timed; Triton's products have to be
+# Nothing can be timed, which Triton's products need.
+_NO_DEVICE = '--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false'
+
+
+def how_to_get_the_gpu_compiler() -> str:
+  """Two commands: in a folder of its own, since elsewhere JAX would look for the rest of CUDA whenever it starts."""
+  version = importlib.metadata.version('jax')
+  return (f'pip install --target=cuda --no-deps jax-cuda13-plugin=={version} jax-cuda13-pjrt=={version} nvidia-cuda-nvcc '
+          'nvidia-nvvm; PYTHONPATH=cuda python -m lightclip_jax.plan')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,8 +126,8 @@ class Topology:
         return topologies.get_topology_desc(self.name, platform='cuda', target_config=_H100,
                                             topology=f'1x{hosts}x{each}').devices[:self.count]
       except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
-        raise UserError(f"the compiler for {self.name!r} does not start: {str(error).splitlines()[0]}; JAX's CUDA packages, plugin "
-                        f'and pjrt, must both be of version {jax.__version__}') from error
+        raise UserError(f"the compiler for {self.name!r} does not start: {str(error).splitlines()[0]}; of JAX's own "
+                        f'version, it is: {how_to_get_the_gpu_compiler()}') from error
     if importlib.util.find_spec('libtpu') is None:
       raise UserError(f'the compiler for {self.name!r} is in the package libtpu, which is not installed: '
                       'pip install libtpu (it needs no TPU)')

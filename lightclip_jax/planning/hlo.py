@@ -83,7 +83,7 @@ def _main_bytes(lines: list[str]) -> int:
       moved = _parts(found[1])[0 if operation == 'copy-start' else 1]
       total += shape_bytes(moved) * sum(_in_main(shape) > 0 for shape in (moved, operands[0]))
     else:
-      result = _parts(found[1])[0] if ' custom_call_target="__cu' in line else found[1]   # a library's, without its scratch memory
+      result = _parts(found[1])[0] if ' custom_call_target="__cu' in line else found[1]   # without its scratch memory
       total += sum(map(_in_main, [result, *operands]))
   return total
 

@@ -2,6 +2,8 @@
 from collections.abc import Iterator
 from typing import Any
 
+from lightclip_jax.planning import chips
+
 
 def format_plan(plan: dict[str, Any]) -> str:
   """The table that a person reads; the JSON holds more digits."""
@@ -12,8 +14,8 @@ def _rows(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
   mesh = ' × '.join(f'{axis} {size}' for axis, size in plan['mesh'].items())
   yield f'{plan["config"]}', f'on {plan["topology"]}: {plan["devices"]} devices, {mesh}, global batch {plan["batch_size"]:,}'
   if plan['formula_only']:
-    yield '', ('BY FORMULA: nothing was compiled; memory of activations, traffic and fusions are not known. The compiler: '
-               'pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc nvidia-nvvm (it needs no GPU)')
+    yield '', ('BY FORMULA: nothing was compiled; memory of activations, traffic and fusions are not known. The compiler, '
+               f'which needs no GPU: {chips.how_to_get_the_gpu_compiler()}')
   yield 'parameters', (f'{plan["parameters_inference"]:,} at inference, {plan["parameters_training_only"]:,} more in training '
                        f'({", ".join(f"{name} {count:,}" for name, count in plan["parameters"].items())})')
   yield 'state, a device', ', '.join(f'{name} {_size(size)}' for name, size in plan['bytes'].items())
