@@ -9,7 +9,8 @@ from lightclip_jax import storage
 from lightclip_jax.errors import UserError
 
 _LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-_WRONG_PATH = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EACCES, errno.EPERM)
+_WRONG_PATH = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG,
+               errno.ELOOP)
 
 
 def run(main: Callable[[], int | None], debug: bool = False) -> int:

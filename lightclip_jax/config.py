@@ -275,7 +275,10 @@ def load(spec: str, overrides: typing.Mapping[str, str] | None = None) -> Config
   get_config = _get_config_of(pathlib.Path(file))
   values = get_config(variant) if variant else get_config()
   for key, text in (overrides or {}).items():
-    check_key(key)
+    kind = check_key(key)
+    if dataclasses.is_dataclass(kind) and kind is not Schedule:   # as a whole it would reset what is not named
+      raise UserError(f'config.{key} is {text}, but it has parts ({", ".join(f.name for f in dataclasses.fields(kind))}); '
+                      f'give them one by one, as config.{key}.{dataclasses.fields(kind)[0].name}=…')
     with values.unlocked(), values.ignore_type():   # `from_dict` checks types, and says more
       try:
         values.update_from_flattened_dict({key: _literal(text)})
@@ -316,8 +319,8 @@ def from_dict(values: typing.Mapping[str, Any]) -> Config:
   return _build(Config, values, 'config')
 
 
-def check_key(path: str) -> None:
-  """Raises UserError unless `path` ("model.image.size") names an option."""
+def check_key(path: str) -> Any:
+  """The annotated type of the option that `path` ("model.image.size") names. Raises UserError if there is none."""
   cls: Any = Config
   done = 'config'
   for part in path.split('.'):
@@ -325,6 +328,7 @@ def check_key(path: str) -> None:
     if part not in hints:
       raise UserError(f'unknown config key {done}.{part}{_did_you_mean(part, list(hints))}')
     cls, done = hints[part], f'{done}.{part}'
+  return cls
 
 
 def _did_you_mean(name: str, known: list[str]) -> str:

@@ -142,6 +142,16 @@ def _anywhere(*flags: bool) -> tuple[bool, ...]:
   return tuple(bool(flag) for flag in np.any(multihost_utils.process_allgather(np.asarray(flags)), axis=0))
 
 
+def texts_of_all(text: str) -> list[str]:
+  """Each process's `text`, in the processes' order; all of them must ask."""
+  if jax.process_count() == 1:
+    return [text]
+  data = np.frombuffer(text.encode(), np.uint8)
+  size = int(np.max(multihost_utils.process_allgather(np.asarray(len(data)))))
+  rows = multihost_utils.process_allgather(np.pad(data, (0, size - len(data))))
+  return [row.tobytes().rstrip(b'\0').decode() for row in rows]
+
+
 @contextlib.contextmanager
 def first_alone(name: str) -> Iterator[None]:
   """Process 0 runs the body before the others do: it may make what they find made.

@@ -8,6 +8,8 @@ from lightclip_jax import config as config_lib
 from lightclip_jax.config import Config, Schedule
 from lightclip_jax.errors import UserError
 
+MBV2 = str(pathlib.Path(__file__).parents[1] / 'configs/mbv2.py')
+
 
 def test_config_survives_json_and_config_dict():
   config = config_lib.replace(Config(), model=dict(image=dict(size=64)), optimizer=dict(learning_rate=3e-4))
@@ -47,7 +49,15 @@ def test_unknown_override_suggests_the_nearest_key():
 def test_an_override_of_a_part_beside_one_of_the_whole_is_one_line():
   overrides = {'objective.contrastive.alpha': '0.1', 'objective.contrastive.alpha.end': '0.2'}
   with pytest.raises(UserError, match='^config.objective.contrastive.alpha.end is 0.2, but .* give one of the two$'):
-    config_lib.load(str(pathlib.Path(__file__).parents[1] / 'configs/mbv2.py'), overrides)
+    config_lib.load(MBV2, overrides)
+
+
+def test_a_part_is_not_overridden_as_a_whole():
+  for text in ('{}', '3', "{'steps': 5}"):
+    with pytest.raises(UserError, match=r'^config.train is .*, but it has parts \(steps, .*one by one, as config.train.steps='):
+      config_lib.load(MBV2, {'train': text})
+  config = config_lib.load(MBV2, {'objective.contrastive.alpha': '{"end": 0.1}'})
+  assert config.objective.contrastive.alpha == Schedule(0.0, 0.1)
 
 
 def test_replace_rejects_unknown_names():

@@ -1,4 +1,6 @@
 """How processes find each other, what they do alone, and how they end when one of them is gone."""
+import dataclasses
+import json
 import os
 import pathlib
 import signal
@@ -13,8 +15,11 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lightclip_jax import config as config_lib
 from lightclip_jax import distributed
+from lightclip_jax.config import Config
 from lightclip_jax.errors import UserError
+from lightclip_jax.training import checks
 
 PLAIN = dict(JAX_COORDINATOR_ADDRESS='10.0.0.1:1234', JAX_NUM_PROCESSES='4', JAX_PROCESS_ID='3')
 SLURM = dict(SLURM_JOB_ID='4097', SLURM_NTASKS='2', SLURM_PROCID='1', SLURM_STEP_NODELIST='gpu[03-04]')
@@ -162,6 +167,26 @@ def test_a_mistake_that_one_process_finds_keeps_its_code(monkeypatch):
   with pytest.raises(UserError, match='no such data'), distributed.keeping_its_code():
     raise UserError('no such data')
   assert left.wait(10)
+
+
+def test_processes_with_different_configs_all_say_which_option(monkeypatch, tmp_path):
+  """As two of them gather: what comes from the other one is as long as the longer of both."""
+  other = config_lib.replace(Config(), name='é', train=dict(steps=5))
+  texts = [json.dumps(dataclasses.asdict(config)).encode() for config in (Config(), other)]
+
+  def gather(own):
+    if own.ndim == 0:
+      return np.array([len(text) for text in texts])
+    return np.stack([np.frombuffer(text.ljust(len(own), b'\0'), np.uint8) for text in texts])
+
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  monkeypatch.setattr(distributed.multihost_utils, 'process_allgather', gather)
+  said = "name 'lightclip' in process 0, 'é' in process 1, train.steps .* 5 in process 1.*every host"
+  for config in (Config(), other):
+    with pytest.raises(UserError, match=said):
+      checks.check_same_everywhere(config)
+  texts[1] = texts[0]
+  checks.check_same_everywhere(Config())
 
 
 def work():

@@ -25,6 +25,10 @@ class Teacher:
   dim: int                     # of an embedding
   sha256: str                  # of its files
 
+  def __post_init__(self) -> None:
+    if type(self.dim) is not int or self.dim < 1:
+      raise ValueError(f"the teacher's dim is {self.dim!r}")
+
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:

@@ -1,4 +1,5 @@
 """The files of the search page: our own, ONNX Runtime Web's, and the export's."""
+import json
 import os
 import pathlib
 import shutil
@@ -20,13 +21,21 @@ def files(export: Export) -> dict[str, pathlib.Path]:
   """All files of the page: path in a URL, without the first slash -> where it lies.
 
   Raises:
-    UserError: if the runtime is not in the cache and cannot be fetched.
+    UserError: if the page cannot read the tokenizer, or the runtime is not in the cache and cannot be fetched.
   """
   folder = runtime()
+  _check_tokenizer(export.files['tokenizer'])
   model = {exported.MODEL_FILE: export.folder / exported.MODEL_FILE, **{file.name: file for file in export.files.values()}}
   return {**{file.name: file.resolve() for file in sorted(PAGE.iterdir()) if file.is_file()},
           **{f'runtime/{name}': folder / name for name in _RUNTIME_FILES},
           **{f'model/{name}': file.resolve() for name, file in model.items()}}
+
+
+def _check_tokenizer(file: pathlib.Path) -> None:
+  kind = json.loads(file.read_text(encoding='utf-8'))['model']['type'] if file.suffix == '.json' else 'BPE'
+  if kind != 'BPE':
+    raise UserError(f"the export's {file.name!r} is of type {kind}, which the search page does not read; it reads "
+                    "SentencePiece's models, byte pairs (BPE) and CLIP's")
 
 
 def runtime() -> pathlib.Path:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from lightclip_jax import config as config_lib
-from lightclip_jax import storage
+from lightclip_jax import distributed, storage
 from lightclip_jax.data import manifest, tokenizers
 from lightclip_jax.errors import UserError
 from lightclip_jax.models import image_towers
@@ -187,6 +187,15 @@ def _at_least(config: Any, least: int, *names: str, prefix: str = '') -> None:
       raise UserError(f'{prefix}{name} is {value}; it must be at least {least}')
 
 
+def check_same_everywhere(config: config_lib.Config) -> None:
+  """All processes must call it. Raises UserError, in each of them, if some have another config; what differs is named."""
+  texts = distributed.texts_of_all(json.dumps(dataclasses.asdict(config)))
+  first = _flat(json.loads(texts[0]))
+  for number, text in enumerate(texts):
+    if shown := _differing(first, _flat(json.loads(text)), 'in process 0', f'in process {number}'):
+      raise UserError(f'processes have different configs ({shown}); start the same command on every host')
+
+
 def claim_workdir(workdir: storage.Path, config: config_lib.Config) -> None:
   """Writes `config.json` into a new workdir (one process does), or checks that an old one holds the same run.
 
@@ -211,12 +220,16 @@ def is_claimed(workdir: storage.Path, config: config_lib.Config) -> bool:
     raise UserError(f'{str(path)!r} is not JSON ({error}); use another --workdir') from error
   now = _flat(json.loads(json.dumps(dataclasses.asdict(config))))
   fixed = SCORED if before['checkpoint.best'] else ()
-  names = [name for name in sorted(before.keys() | now.keys()) if name in fixed or not _is_free(name)]
-  differing = [name for name in names if before.get(name) != now.get(name)]
-  if differing:
-    shown = ', '.join(f'{name} {before.get(name)!r} there, {now.get(name)!r} here' for name in differing[:3])
+  names = [name for name in before.keys() | now.keys() if name in fixed or not _is_free(name)]
+  if shown := _differing(*({name: values.get(name) for name in names} for values in (before, now)), 'there', 'here'):
     raise UserError(f'{str(workdir)!r} holds a run with another config ({shown}); use another --workdir')
   return True
+
+
+def _differing(one: dict[str, Any], other: dict[str, Any], where: str, elsewhere: str) -> str:
+  """The first three options that differ, in words; '' if none does."""
+  names = [name for name in sorted(one.keys() | other.keys()) if one.get(name) != other.get(name)]
+  return ', '.join(f'{name} {one.get(name)!r} {where}, {other.get(name)!r} {elsewhere}' for name in names[:3])
 
 
 def _is_free(name: str) -> bool:

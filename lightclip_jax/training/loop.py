@@ -52,6 +52,7 @@ class Run:
     self.config, self.workdir, self.step, self._stop = config, workdir, 0, stop
     self._scores: dict[str, float] | None = None   # of the state as it is now
     self._last_evaluation = time.monotonic()
+    checks.check_same_everywhere(config)
     self._mesh = sharding.make_mesh(config.mesh)
     checks.check_steps(config)
     evaluator.tasks_of(config)

@@ -355,6 +355,11 @@ def test_what_does_not_fit_is_one_line(made, tmp_path):
     datasets.resolve(names['csv'], config.replace(options, caption_column='words'))
   with pytest.raises(UserError, match='has no .tar files'):
     datasets.resolve(f'webdataset:{tmp_path}', options)
+  (tmp_path / 'wide.csv').write_text('filepath,title\na.jpg,a\n', encoding='utf-16')
+  (tmp_path / 'wide.jsonl').write_text('{"filepath": "a.jpg", "title": "a"}\n', encoding='utf-16-le')
+  for name in ('csv', 'jsonl'):
+    with pytest.raises(UserError, match=f'wide.{name}. is no UTF-8 text .UTF-16, perhaps.*; save it as UTF-8$'):
+      datasets.resolve(f'{name}:{tmp_path}/wide.{name}', options)
   (tmp_path / 'x.csv').write_text('"filepath,title\na.jpg,a ""quoted"" line break"')
   with pytest.raises(UserError, match='has no column filepath or .*; it has: filepath,title a.jpg'):
     datasets.resolve(f'csv:{tmp_path}/x.csv', options)

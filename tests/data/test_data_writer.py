@@ -62,7 +62,9 @@ def test_missing_shard_split_and_count_are_named(tmp_path):
 
 @pytest.mark.parametrize(('text', 'said'), [
     ('', 'is not a manifest'), ('[]', 'is not a manifest'), ('{"format": 1}', 'is not a manifest'),
-    ('{"format": 99}', 'has format 99')])
+    ('{"format": 99}', 'has format 99'),
+    ('{"format": 1, "splits": {}, "concepts": [], "groups": [], "teacher": {"name": "t", "dim": "512", "sha256": ""}}',
+     "is not a manifest .*dim is '512'")])
 def test_bad_manifests(tmp_path, text, said):
   (tmp_path / 'manifest.json').write_text(text)
   with pytest.raises(UserError, match=said) as error:

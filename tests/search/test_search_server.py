@@ -5,6 +5,7 @@ import random
 import re
 import socket
 import threading
+import types
 
 import pytest
 
@@ -122,6 +123,12 @@ def test_it_listens_on_this_machine_alone(address):
     server.open_server({}, port=address[1])
   with pytest.raises(UserError, match='cannot listen'):
     server.open_server({}, port=123456)
+
+
+def test_a_tokenizer_that_the_page_does_not_read_is_one_line(tmp_path):
+  (tmp_path / 'tokenizer.json').write_text('{"model": {"type": "WordPiece"}}')
+  with pytest.raises(UserError, match="^the export's 'tokenizer.json' is of type WordPiece, .*; it reads SentencePiece.*BPE"):
+    site.files(types.SimpleNamespace(files={'tokenizer': tmp_path / 'tokenizer.json'}))
 
 
 def test_a_bundle_is_the_same_files(listed, tmp_path):

@@ -1,6 +1,7 @@
 """The small parts of a run: schedule, decay mask, meter, writer, checks."""
 import base64
 import contextlib
+import errno
 import functools
 import json
 import math
@@ -189,14 +190,15 @@ def test_a_full_disk_is_one_line(tmp_path, capsys):
   assert str(tmp_path / 'run') in said and said.count('\n') == 1
   with pytest.raises(ValueError, match='another'), keeper._failures_by_name():
     raise ValueError('another error')
-  with pytest.raises(FileNotFoundError):   # not about room
-    cli.run(lambda: (_ for _ in ()).throw(FileNotFoundError(2, 'no', 'f')))
+  with pytest.raises(OSError, match='nonsense'):   # not about room
+    cli.run(lambda: (_ for _ in ()).throw(OSError(errno.EINVAL, 'nonsense', 'f')))
   keeper.close()
 
 
 def test_a_path_that_cannot_be_written_is_one_line(tmp_path, capsys):
   (tmp_path / 'file').write_text('')
-  for path, words in ((tmp_path, 'Is a directory'), (tmp_path / 'file/x', 'Not a directory')):
+  for path, words in ((tmp_path, 'Is a directory'), (tmp_path / 'file/x', 'Not a directory'),
+                      (tmp_path / 'no/x', 'No such file or directory'), (tmp_path / ('x' * 300), 'File name too long')):
     assert cli.run(lambda path=path: path.write_text('x') and 0) == 2
     assert capsys.readouterr().err == f'error: {words}: {str(path)!r}; give another path\n'
 

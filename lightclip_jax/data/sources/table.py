@@ -2,6 +2,7 @@
 
 Only the place of each row is kept; a row is read and parsed when its record is asked for.
 """
+import codecs
 import csv
 import io
 import json
@@ -20,6 +21,7 @@ from lightclip_jax.errors import UserError
 
 IMAGE_COLUMNS = ('filepath', 'image', 'image_path', 'file_name', 'path')
 CAPTION_COLUMNS = ('title', 'caption', 'captions', 'text')
+_UTF16 = codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE
 
 
 class TableSource:
@@ -33,11 +35,17 @@ class TableSource:
     self._images = Folder(spec.image_root) if spec.image_root else self._folder
     try:
       stamp = self._folder.stamp(self._file)
+      self._check_utf8()
       self._ends = indexes.stored(spec.index, stamp, lambda: {'ends': self._row_ends()})['ends']
     except (OSError, BadRecord) as error:
       raise UserError(f'cannot read {spec.path!r}: {error}') from error
     self.fingerprint = indexes.digest([stamp[:2]])
     self._open()
+
+  def _check_utf8(self) -> None:
+    start = self._folder.read(self._file, 0, 64)
+    if start[:2] in _UTF16 or b'\0' in start:
+      raise UserError(f'{self.spec.path!r} is no UTF-8 text (UTF-16, perhaps, as spreadsheets save it); save it as UTF-8')
 
   def _open(self) -> None:
     """Reads what comes before the rows."""
