@@ -143,7 +143,7 @@ def settings(flags: argparse.Namespace) -> dict[str, tuple[list[str], dict[str, 
     script = str(pathlib.Path(__file__).with_name('train_step_open_clip.py'))
     shape = [str(n) for n in (flags.batch, SIZE, CONTEXT, VOCABULARY, WIDTH, LAYERS)]
     environments = ({}, memory) if memory else ({},)
-    for dtype, how, extra in itertools.product(flags.peer_dtypes, ('eager', 'compiled'), environments):
+    for dtype, how, extra in itertools.product(flags.peer_dtypes, flags.peer_modes, environments):
       command = [flags.open_clip, script, flags.tower, dtype, str(int(how == 'compiled')), *shape]
       out[f'open_clip {dtype} {how}{SAME_MEMORY if extra else ""}'] = command, extra
   return out
@@ -201,6 +201,7 @@ def main() -> None:
   parser.add_argument('--batch', type=cli.positive, default=32)
   parser.add_argument('--dtypes', nargs='+', default=['float32'], help='ours')
   parser.add_argument('--peer_dtypes', nargs='+', default=['float32', 'bfloat16'], help='of open_clip')
+  parser.add_argument('--peer_modes', nargs='+', choices=('eager', 'compiled'), default=['eager', 'compiled'])
   parser.add_argument('--lengths', nargs='+', type=cli.positive, default=[CONTEXT], help='of the texts of ours')
   parser.add_argument('--full', action='store_true')
   parser.add_argument('--rounds', type=cli.positive, default=5)
