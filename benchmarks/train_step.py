@@ -201,7 +201,8 @@ def main() -> None:
   parser.add_argument('--batch', type=cli.positive, default=32)
   parser.add_argument('--dtypes', nargs='+', default=['float32'], help='ours')
   parser.add_argument('--peer_dtypes', nargs='+', default=['float32', 'bfloat16'], help='of open_clip')
-  parser.add_argument('--peer_modes', nargs='+', choices=('eager', 'compiled'), default=['eager', 'compiled'])
+  parser.add_argument('--peer_modes', nargs='+', choices=('eager', 'compiled'), default=['eager', 'compiled'],
+                      help='of open_clip')
   parser.add_argument('--lengths', nargs='+', type=cli.positive, default=[CONTEXT], help='of the texts of ours')
   parser.add_argument('--full', action='store_true')
   parser.add_argument('--rounds', type=cli.positive, default=5)

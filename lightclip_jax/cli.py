@@ -9,8 +9,7 @@ from lightclip_jax import storage
 from lightclip_jax.errors import UserError
 
 _LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-_WRONG_PATH = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG,
-               errno.ELOOP)
+_WRONG_PATH = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 def run(main: Callable[[], int | None], debug: bool = False) -> int:
@@ -27,6 +26,9 @@ def run(main: Callable[[], int | None], debug: bool = False) -> int:
     if not debug and named.errno in _WRONG_PATH and named.filename:
       print(f'error: {named.strerror}: {named.filename!r}; give another path', file=sys.stderr)
       return 2
+    if not debug and named.errno == errno.ENOENT and named.filename:   # 1: launch scripts try again, since it may come back
+      print(f'error: {named.strerror}: {named.filename!r}; put it back or give another path', file=sys.stderr)
+      return 1
     if debug or not (error.errno in _LASTING or storage.passes(error)):
       raise
     where = named.filename or 'a file that is open'

@@ -169,7 +169,7 @@ def test_a_mistake_that_one_process_finds_keeps_its_code(monkeypatch):
   assert left.wait(10)
 
 
-def test_processes_with_different_configs_all_say_which_option(monkeypatch, tmp_path):
+def test_processes_with_different_configs_all_say_which_option(monkeypatch):
   """As two of them gather: what comes from the other one is as long as the longer of both."""
   other = config_lib.replace(Config(), name='é', train=dict(steps=5))
   texts = [json.dumps(dataclasses.asdict(config)).encode() for config in (Config(), other)]

@@ -23,8 +23,8 @@ def files(export: Export) -> dict[str, pathlib.Path]:
   Raises:
     UserError: if the page cannot read the tokenizer, or the runtime is not in the cache and cannot be fetched.
   """
+  _check_tokenizer(export.files['tokenizer'])   # first: a mistake in it must not wait for a download
   folder = runtime()
-  _check_tokenizer(export.files['tokenizer'])
   model = {exported.MODEL_FILE: export.folder / exported.MODEL_FILE, **{file.name: file for file in export.files.values()}}
   return {**{file.name: file.resolve() for file in sorted(PAGE.iterdir()) if file.is_file()},
           **{f'runtime/{name}': folder / name for name in _RUNTIME_FILES},
@@ -32,7 +32,10 @@ def files(export: Export) -> dict[str, pathlib.Path]:
 
 
 def _check_tokenizer(file: pathlib.Path) -> None:
-  kind = json.loads(file.read_text(encoding='utf-8'))['model']['type'] if file.suffix == '.json' else 'BPE'
+  try:
+    kind = json.loads(file.read_bytes())['model']['type'] if file.suffix == '.json' else 'BPE'
+  except (ValueError, KeyError, TypeError) as error:
+    raise UserError(f"the export's {file.name!r} is damaged ({type(error).__name__}: {error}); export again") from error
   if kind != 'BPE':
     raise UserError(f"the export's {file.name!r} is of type {kind}, which the search page does not read; it reads "
                     "SentencePiece's models, byte pairs (BPE) and CLIP's")

@@ -125,9 +125,14 @@ def test_it_listens_on_this_machine_alone(address):
     server.open_server({}, port=123456)
 
 
-def test_a_tokenizer_that_the_page_does_not_read_is_one_line(tmp_path):
-  (tmp_path / 'tokenizer.json').write_text('{"model": {"type": "WordPiece"}}')
-  with pytest.raises(UserError, match="^the export's 'tokenizer.json' is of type WordPiece, .*; it reads SentencePiece.*BPE"):
+@pytest.mark.parametrize(('text', 'said'), [
+    ('{"model": {"type": "WordPiece"}}', 'is of type WordPiece, .*; it reads SentencePiece.*BPE'),
+    ('{"model": {', 'is damaged .JSONDecodeError.*; export again$'), ('[]', 'is damaged .TypeError'),
+    ('{}', 'is damaged .KeyError')])
+def test_a_tokenizer_that_the_page_does_not_read_is_one_line(tmp_path, monkeypatch, text, said):
+  monkeypatch.setattr(site, 'runtime', lambda: pytest.fail('nothing is to be fetched for it'))
+  (tmp_path / 'tokenizer.json').write_text(text)
+  with pytest.raises(UserError, match=f"^the export's 'tokenizer.json' {said}"):
     site.files(types.SimpleNamespace(files={'tokenizer': tmp_path / 'tokenizer.json'}))
 
 

@@ -198,9 +198,12 @@ def test_a_full_disk_is_one_line(tmp_path, capsys):
 def test_a_path_that_cannot_be_written_is_one_line(tmp_path, capsys):
   (tmp_path / 'file').write_text('')
   for path, words in ((tmp_path, 'Is a directory'), (tmp_path / 'file/x', 'Not a directory'),
-                      (tmp_path / 'no/x', 'No such file or directory'), (tmp_path / ('x' * 300), 'File name too long')):
+                      (tmp_path / ('x' * 300), 'File name too long')):
     assert cli.run(lambda path=path: path.write_text('x') and 0) == 2
     assert capsys.readouterr().err == f'error: {words}: {str(path)!r}; give another path\n'
+  assert cli.run(lambda: (tmp_path / 'no/x').write_text('x') and 0) == 1, 'what was there may be there again'
+  said = f"error: No such file or directory: {str(tmp_path / 'no/x')!r}; put it back or give another path\n"
+  assert capsys.readouterr().err == said
 
 
 def test_no_split_to_evaluate_is_said_at_the_start(tmp_path):

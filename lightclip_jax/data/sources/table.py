@@ -28,7 +28,7 @@ class TableSource:
   """Rows by number; images are files below the table's folder, or `data.image_root`."""
 
   def __init__(self, spec: Spec):
-    """Raises UserError if the file or its columns are not there."""
+    """Raises UserError if the file or its columns are not there, or it is not UTF-8."""
     self.spec = spec
     folder, self._file = os.path.split(spec.path)
     self._folder = Folder(folder or '.')
