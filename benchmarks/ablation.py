@@ -110,10 +110,11 @@ def identity(size: str, tower: str, where: str, options: Options) -> str:
 
 
 def machine(cores: int) -> str:
-  """The processor, and how many of its cores a run has."""
-  lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines() if sys.platform == 'linux' else []
-  names = (line.partition(': ')[2] for line in lines if line.startswith('model name'))
-  return f'{next(names, platform.machine())}, {cores} core{"s" * (cores > 1)}'
+  """The processor, and how many of its cores a run has. Its family and model too: virtual machines call many processors alike."""
+  text = pathlib.Path('/proc/cpuinfo').read_text() if sys.platform == 'linux' else ''
+  said = {name.strip(): value.strip() for name, _, value in (line.partition(':') for line in text.splitlines())}
+  kind = f' ({said["cpu family"]}.{said["model"]})' if {'cpu family', 'model'} <= said.keys() else ''
+  return f'{said.get("model name", platform.machine())}{kind}, {cores} core{"s" * (cores > 1)}'
 
 
 def run(key: dict[str, Any], options: Options, folder: pathlib.Path, cores: Sequence[int]) -> dict[str, Any]:
