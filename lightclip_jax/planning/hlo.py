@@ -13,6 +13,7 @@ _INSTRUCTION = re.compile(r'^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([\w\-]+)\(')
 _COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+) .*\{$')
 _CALLED = re.compile(r'(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)')
 _BRANCHES = re.compile(r'branch_computations=\{([^}]*)\}')
+_CONTROL = re.compile(r' (while|conditional|call)\(')
 _ARRAY = re.compile(r'\b([a-z]+\d*\w*)\[([\d,]*)\]')
 _MEMORY = re.compile(r'\b[a-z]+\d*\w*\[[\d,]*\](?:\{[^}]*\})?')
 _MOVES = ('copy-start', 'slice-start')   # from one memory to another, while other instructions run
@@ -60,12 +61,19 @@ def shape_bytes(shape: str) -> int:
 
 def main_memory_bytes(text: str) -> int:
   """Bytes that a step reads from and writes to main memory, about: arrays that the compiler keeps in a TPU's fast memory (S(1))
-  count only where they come from main memory, or go there. Of a conditional all branches count; GPUs' caches save nothing."""
-  computations, entry = _split(text)
-  runs, _ = _runs(computations, entry)
-  inside = {name for lines in computations.values() for line in lines if not re.search(r' (while|conditional|call)\(', line)
-            for name in _CALLED.findall(line)}   # of fusions and reductions: they move nothing but what these do
-  return sum(times * _main_bytes(computations[name]) for name, times in runs.items() if name not in inside)
+  count only where they come from main memory, or go there. A conditional counts as its dearest branch; caches save nothing."""
+  return _moved(*reversed(_split(text)))
+
+
+def _moved(name: str, computations: dict[str, list[str]]) -> int:
+  lines = computations.get(name, [])
+  total = _main_bytes(lines)
+  for line in lines:
+    kind = _CONTROL.search(line)
+    inside = [_moved(one, computations) for one in _called(line)] if kind else []   # a fusion's insides move nothing
+    if inside:
+      total += max(inside) if kind[1] == 'conditional' else sum(inside) * _trips(line, computations)
+  return total
 
 
 def _main_bytes(lines: list[str]) -> int:
@@ -139,20 +147,26 @@ def _runs(computations: dict[str, list[str]], entry: str) -> tuple[dict[str, int
   while waiting:
     caller = waiting.pop()
     for line in computations.get(caller, ()):
-      called, loop = _CALLED.findall(line), ' while(' in line
-      for branches in _BRANCHES.findall(line):
-        called += [name.strip().lstrip('%') for name in branches.split(',')]
-      for name in called:
+      loop = ' while(' in line
+      for name in _called(line):
         if name in computations and name not in runs:
-          runs[name] = runs[caller] * (_trips(line, computations) if loop else 1)
+          runs[name] = runs[caller] * _trips(line, computations)
           waiting.append(name)
           if loop or caller in looped:
             looped.add(name)
   return runs, looped
 
 
+def _called(line: str) -> list[str]:
+  """The computations that an instruction names."""
+  branches = (name.strip().lstrip('%') for names in _BRANCHES.findall(line) for name in names.split(','))
+  return [*_CALLED.findall(line), *branches]
+
+
 def _trips(line: str, computations: dict[str, list[str]]) -> int:
-  """How often a `while` instruction's body runs; 1 where that cannot be read."""
+  """How often what an instruction calls runs: a loop's body several times; once where that cannot be read."""
+  if ' while(' not in line:
+    return 1
   known = re.search(r'known_trip_count[^\d}]*(\d+)', line)
   if known:
     return int(known[1])

@@ -23,6 +23,7 @@ from lightclip_jax.training import optimizer as optimizer_lib
 from lightclip_jax.training import state as state_lib
 
 COMPILER_OPTIONS = {'cpu': {'xla_cpu_prefer_vector_width': 512}}   # XLA's own choice is 256, also where the CPU has 512
+INITIAL_OPTIONS = {'cpu': {'xla_backend_optimization_level': 1}}   # compiles in 0.6 of the time, to the same numbers
 
 
 @jax.tree_util.register_dataclass
@@ -108,9 +109,14 @@ class Trainer:
     optimizer = optimizer_lib.make_optimizer(config.optimizer, config.train.steps)
     return cls(config, mesh, lightclip.LightCLIP(config.model, sharding.batch_shards(mesh)), objective, optimizer)
 
+  @property
+  def _platform(self) -> str:
+    return self.mesh.devices.flat[0].platform
+
   def init_state(self) -> state_lib.TrainState:
     """A fresh state, created directly in its shards: no device ever holds what is not its own."""
-    return jax.jit(self._create, out_shardings=self.places)(jax.random.key(self.config.train.seed))
+    create = jax.jit(self._create, out_shardings=self.places, compiler_options=INITIAL_OPTIONS.get(self._platform))
+    return create(jax.random.key(self.config.train.seed))
 
   def abstract_state(self) -> state_lib.TrainState:
     """Its shapes and shardings."""
@@ -138,7 +144,7 @@ class Trainer:
 
   def compile_step(self, length: int | None = None) -> Any:
     """`lower_step`, compiled ahead of time. The state's buffers are donated: the argument must not be used again."""
-    return self.lower_step(length).compile(COMPILER_OPTIONS.get(self.mesh.devices.flat[0].platform))
+    return self.lower_step(length).compile(COMPILER_OPTIONS.get(self._platform))
 
   def step(self, state: state_lib.TrainState, batch: Batch) -> tuple[state_lib.TrainState, dict[str, jax.Array]]:
     """One update on one global batch. Metrics are float32 scalars.
@@ -152,7 +158,7 @@ class Trainer:
     good = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
     rate = optimizer_lib.learning_rate(self.config.optimizer, self.config.train.steps)(state.step)
     metrics |= {'gradient_norm': gradient_norm, 'learning_rate': rate, 'skipped': 1.0 - good}
-    new = update_if(good, self._update, state, gradients, statistics, platform=self.mesh.devices.flat[0].platform)
+    new = update_if(good, self._update, state, gradients, statistics, platform=self._platform)
     return dataclasses.replace(new, step=state.step + 1), metrics
 
   def _update(self, state: state_lib.TrainState, gradients: Any, statistics: Any) -> state_lib.TrainState:

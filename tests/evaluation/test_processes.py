@@ -41,8 +41,8 @@ def together(*command, **variables):
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
     address = f'127.0.0.1:{free.getsockname()[1]}'
-  environment = {**os.environ, 'XLA_FLAGS': '--xla_force_host_platform_device_count=2', 'JAX_NUM_PROCESSES': '2',
-                 'JAX_COORDINATOR_ADDRESS': address, **variables}
+  environment = {**os.environ, 'XLA_FLAGS': '--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0',
+                 'JAX_NUM_PROCESSES': '2', 'JAX_COORDINATOR_ADDRESS': address, **variables}
   start = functools.partial(subprocess.Popen, [sys.executable, *command], text=True, cwd=HERE.parents[1],
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
   workers = [start(env={**environment, 'JAX_PROCESS_ID': str(i)}) for i in range(2)]

@@ -24,7 +24,7 @@ CONFIG = pathlib.Path(__file__).with_name('tiny_config.py')
 
 
 def run(module, *arguments):
-  environment = os.environ | {'XLA_FLAGS': '', 'PYTHONWARNINGS': 'ignore'}
+  environment = os.environ | {'XLA_FLAGS': '--xla_backend_optimization_level=0', 'PYTHONWARNINGS': 'ignore'}
   return subprocess.run([sys.executable, '-m', f'lightclip_jax.{module}', *arguments], cwd=ROOT, env=environment,
                         capture_output=True, text=True, timeout=1800)
 

@@ -29,8 +29,7 @@ def shallow():
 def gradients(folder, precision, *cases):
   """(devices, micro-batches) -> loss, metrics, gradients, running statistics, from the state in `folder`."""
   here, out = pathlib.Path(__file__).parent, folder / precision
-  environment = os.environ | {'PYTHONPATH': os.pathsep.join([str(here.parents[1]), str(here)]), 'PYTHONWARNINGS': 'ignore',
-                              'XLA_FLAGS': f'{os.environ["XLA_FLAGS"]} --xla_backend_optimization_level=0'}   # compiles sooner
+  environment = os.environ | {'PYTHONPATH': os.pathsep.join([str(here.parents[1]), str(here)]), 'PYTHONWARNINGS': 'ignore'}
   subprocess.run([sys.executable, here / 'gradients.py', folder / 'state', out, precision, *cases], env=environment, check=True)
   return pickle.loads(out.read_bytes())
 
@@ -44,7 +43,7 @@ def folder(tmp_path_factory, trainer_of):
 
 @pytest.fixture(scope='module')
 def double(folder):
-  return gradients(folder, 'float64', '1,1', '1,8', '2,4', '8,1')
+  return gradients(folder, 'float64', '1,1', '2,4', '8,1')
 
 
 def errors(got, wanted, floor):
@@ -60,7 +59,7 @@ def test_gradients_do_not_depend_on_devices_or_micro_batches(double):
   """In double precision, where nothing hides behind rounding."""
   (loss, metrics, grads, statistics) = double[1, 1]
   assert loss.dtype == np.float64 and {leaf.dtype for leaf in jax.tree.leaves(grads)} == {np.dtype('float64')}
-  assert len(double) == 4
+  assert len(double) == 3
   for case, (own_loss, own_metrics, own_grads, own_statistics) in double.items():
     np.testing.assert_allclose(own_loss, loss, rtol=1e-12)
     for name in ('loss_contrastive', 'loss_token_matching', 'loss_masked_lm', 'loss_distillation', 'top1_image_to_text'):
