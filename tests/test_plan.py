@@ -97,12 +97,13 @@ def test_main_memory_is_told_from_fast_memory():
   assert hlo.main_memory_bytes(PLACED) == convert + copied + cut + loop + fusion
 
 
-@pytest.mark.parametrize('branches', ['branch_computations={%body, %dear}', 'true_computation=%dear, false_computation=%body'])
+@pytest.mark.parametrize('branches', ['branch_computations={%cheap, %dear}', 'true_computation=%dear, false_computation=%cheap'])
 def test_of_a_conditional_the_dearest_branch_moves(branches):
-  dear = '%dear (p: f32[8]) -> f32[8] {\n  %p = f32[8]{0} parameter(0)\n  ROOT %n = f32[8]{0} negate(%p)\n}\n\nENTRY'
+  branch = '%{} (p: f32[8]) -> f32[8] {{\n  %p = f32[8]{{0}} parameter(0)\n  ROOT %n = f32[8]{} negate(%p)\n}}\n\n'
+  both = branch.format('dear', '{0}') + branch.format('cheap', '{0:S(1)}')
   choice = f'  %choice = f32[8]{{0}} conditional(%start, %a, %a), {branches}\n}}\n'
-  text = PLACED.replace('ENTRY', dear).removesuffix('}\n') + choice
-  assert hlo.main_memory_bytes(text) - hlo.main_memory_bytes(PLACED) == 2 * 32   # %dear's; of %body's 32 nothing
+  text = PLACED.replace('ENTRY', both + 'ENTRY').removesuffix('}\n') + choice
+  assert hlo.main_memory_bytes(text) - hlo.main_memory_bytes(PLACED) == 2 * 32   # %dear's; nothing of %cheap's 32
 
 
 @pytest.mark.parametrize('shape, size', [('f32[8,4]{1,0:T(8,128)}', 128), ('(pred[3], s4[4], token[])', 5), ('bf16[]', 2)])

@@ -62,7 +62,8 @@ def shape_bytes(shape: str) -> int:
 def main_memory_bytes(text: str) -> int:
   """Bytes that a step reads from and writes to main memory, about: arrays that the compiler keeps in a TPU's fast memory (S(1))
   count only where they come from main memory, or go there. A conditional counts as its dearest branch; caches save nothing."""
-  return _moved(*reversed(_split(text)))
+  computations, entry = _split(text)
+  return _moved(entry, computations)
 
 
 def _moved(name: str, computations: dict[str, list[str]]) -> int:

@@ -27,8 +27,7 @@ def command(workdir, *overrides):
 def environment(tmp_path_factory):
   """One device, and one compilation cache for all runs of this file."""
   cache = tmp_path_factory.mktemp('cache')
-  return os.environ | {'XLA_FLAGS': '--xla_backend_optimization_level=1', 'JAX_COMPILATION_CACHE_DIR': str(cache),
-                       'PYTHONWARNINGS': 'ignore'}
+  return os.environ | {'XLA_FLAGS': '', 'JAX_COMPILATION_CACHE_DIR': str(cache), 'PYTHONWARNINGS': 'ignore'}
 
 
 def finish(workdir, environment, *overrides):
