@@ -142,7 +142,7 @@ def _text_tower(text: Mapping[str, Any], weights: Mapping[str, np.ndarray], toke
   variables = _variables(theirs, convert.OPEN_CLIP_TEXT, jax.eval_shape(tower.init, jax.random.key(0), shape))
   projection_CxD = _matrix('text_projection', theirs)
   _check_projection('text_projection', projection_CxD, dim)
-  run = jax.jit(lambda variables, projection_CxD, tokens: _unit(tower.apply(variables, tokens)[0] @ projection_CxD))
+  run = jax.jit(lambda variables, projection_CxD, tokens: _unit(tower.apply(variables, tokens, words=False)[0] @ projection_CxD))
   return lambda batch: run(variables, projection_CxD, batch)
 
 

@@ -75,25 +75,38 @@ class Dense(nn.Module):
   kernel_init: nn.initializers.Initializer = trunc_normal
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, columns: slice = slice(None)) -> jax.Array:
+    """x times these columns of the kernel, plus theirs of the bias."""
     kernel = self.param('kernel', self.kernel_init, (x.shape[-1], self.features)).astype(x.dtype)
     bias = self.param('bias', nn.initializers.zeros, (self.features,)).astype(x.dtype) if self.use_bias else None
-    return products.dense(x, kernel, bias)
+    return products.dense(x, kernel[:, columns], None if bias is None else bias[columns])
+
+
+def take_positions(x: jax.Array, at: jax.Array) -> jax.Array:
+  """x [..., T, C] at the positions int32 [..., K] -> [..., K, C]."""
+  return jnp.take_along_axis(x, at[..., None], axis=-2)
 
 
 class SelfAttention(nn.Module):
-  """Multi-head self-attention with one product for queries, keys and values (in this order)."""
+  """Multi-head self-attention with one product for queries, keys and values (in this order).
+
+  x [..., T, C] -> [..., T, C], or [..., K, C] at the positions `at` (int32 [..., K]) alone; bias as `attention` has it.
+  """
   heads: int
   kernel_init: nn.initializers.Initializer = trunc_normal
   out_init: nn.initializers.Initializer = trunc_normal
 
   @nn.compact
-  def __call__(self, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+  def __call__(self, x: jax.Array, bias: jax.Array | None = None, at: jax.Array | None = None) -> jax.Array:
     width = x.shape[-1]
-    qkv = Dense(3 * width, kernel_init=self.kernel_init, name='qkv')(x)
-    q, k, v = (part.reshape(*x.shape[:-1], self.heads, -1) for part in jnp.split(qkv, 3, axis=-1))
-    out = attention(q, k, v, bias)
-    return Dense(width, kernel_init=self.out_init, name='out')(out.reshape(x.shape))
+    qkv = Dense(3 * width, kernel_init=self.kernel_init, name='qkv')
+    if at is None:
+      q, k, v = jnp.split(qkv(x), 3, axis=-1)
+    else:
+      q = qkv(take_positions(x, at), slice(0, width))
+      k, v = jnp.split(qkv(x, slice(width, None)), 2, axis=-1)
+    out = attention(*(part.reshape(*part.shape[:-1], self.heads, -1) for part in (q, k, v)), bias)
+    return Dense(width, kernel_init=self.out_init, name='out')(out.reshape(q.shape))
 
 
 class MLP(nn.Module):
@@ -124,7 +137,10 @@ class PatchEmbed(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-  """x + attention(norm(x)), then x + mlp(norm(x)); each branch may be dropped, whole or by element."""
+  """x + attention(norm(x)), then x + mlp(norm(x)); each branch may be dropped, whole or by element.
+
+  x [..., T, C] -> [..., T, C], or [..., K, C] at the positions `at` (int32 [..., K]) alone: the others are attended to.
+  """
   heads: int
   epsilon: float
   rate: float = 0.0
@@ -134,9 +150,10 @@ class TransformerBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool, example_index: jax.Array | None,
-               bias: jax.Array | None = None) -> jax.Array:
+               bias: jax.Array | None = None, at: jax.Array | None = None) -> jax.Array:
     y = nn.LayerNorm(self.epsilon, dtype=x.dtype, name='attention_norm')(x)
-    y = SelfAttention(self.heads, *self.attention_inits, name='attention')(y, bias)
+    y = SelfAttention(self.heads, *self.attention_inits, name='attention')(y, bias, at)
+    x = x if at is None else take_positions(x, at)
     x = x + ExampleDropout(self.rate, self.whole, name='drop_attention')(y, example_index, train)
     y = nn.LayerNorm(self.epsilon, dtype=x.dtype, name='mlp_norm')(x)
     y = MLP(*self.mlp_inits, name='mlp')(y)

@@ -102,12 +102,12 @@ class LightCLIP(nn.Module):
     """
     image = self.image_features(images_BxHxWx3, train, example_index_B)
     if masked_tokens_BxW is None:
-      text_end, text_BxWxC = self.text(tokens_BxW, train=train, example_index=example_index_B)
+      text_end, text_BxWxC = self.text(tokens_BxW, token_heads, train=train, example_index=example_index_B)
       logits = None
     else:
-      text_end, text_BxWxC, masked_BxWxC = self._fused_text(image, tokens_BxW, masked_tokens_BxW, train,
-                                                            example_index_B)
-      logits = self._masked_lm(masked_BxWxC, masked_positions_BxK)
+      text_end, text_BxWxC, masked_BxKxC = self._fused_text(image, tokens_BxW, masked_tokens_BxW, masked_positions_BxK,
+                                                            token_heads, train, example_index_B)
+      logits = self._masked_lm(masked_BxKxC)
     image_tokens, text_tokens = None, None
     if token_heads:
       image_tokens, text_tokens = self.training_only.tokens(image.tokens_BxHxWxF, text_BxWxC)
@@ -120,7 +120,7 @@ class LightCLIP(nn.Module):
 
   def encode_text(self, tokens_BxW: jax.Array) -> jax.Array:
     """int32 [B, W] -> float32 [B, D], unit norm."""
-    return _unit(self.text_projection(self.text(tokens_BxW)[0]))
+    return _unit(self.text_projection(self.text(tokens_BxW, words=False)[0]))
 
   def encode_tokens(self, images_BxHxWx3: jax.Array, tokens_BxW: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The matching's unit vectors in float32, to plot which word goes to which patch: ([B, P, d], [B, W, d])."""
@@ -133,23 +133,31 @@ class LightCLIP(nn.Module):
     features, stage = self.image(images, train, example_index_B), self.config.token_stage
     return features._replace(tokens_BxHxWxF=features.stages[stage - 1]) if stage else features
 
-  def _fused_text(self, image: layers.ImageFeatures, tokens_BxW: jax.Array, masked_tokens_BxW: jax.Array, train: bool,
-                  example_index_B: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Plain and masked text as one pass; the new axis of 2 stands after the batch axis, which may be sharded."""
-    def inject(blocks_done: int, hidden_Bx2xWxC: jax.Array) -> jax.Array:
+  def _fused_text(self, image: layers.ImageFeatures, tokens_BxW: jax.Array, masked_tokens_BxW: jax.Array,
+                  masked_positions_BxK: jax.Array, words: bool, train: bool, example_index_B: jax.Array | None
+                  ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+    """Plain text as the text tower returns it, and masked text [B, K, C] at the masked positions.
+
+    Up to the last block both are one pass; the new axis of 2 stands after the batch axis, which may be sharded.
+    """
+    def inject(blocks_done: int, masked_BxWxC: jax.Array) -> jax.Array:
+      return self.training_only.fusion(blocks_done, masked_BxWxC, image.stages)
+
+    def inject_second(blocks_done: int, hidden_Bx2xWxC: jax.Array) -> jax.Array:
       if all(block != blocks_done for _, block in self.config.fusion.stages):
         return hidden_Bx2xWxC
-      masked_BxWxC = self.training_only.fusion(blocks_done, hidden_Bx2xWxC[:, 1], image.stages)
-      return jnp.stack([hidden_Bx2xWxC[:, 0], masked_BxWxC], axis=1)
+      return jnp.stack([hidden_Bx2xWxC[:, 0], inject(blocks_done, hidden_Bx2xWxC[:, 1])], axis=1)
 
     index_B = jnp.arange(tokens_BxW.shape[0]) if example_index_B is None else example_index_B
-    ends, hidden = self.text(jnp.stack([tokens_BxW, masked_tokens_BxW], axis=1), inject, train=train,
-                             example_index=jnp.stack([index_B, ~index_B], axis=1))   # ~: other masks for masked text
-    return ends[:, 0], hidden[:, 0], hidden[:, 1]
+    hidden_Bx2xWxC = self.text.all_but_last(
+        jnp.stack([tokens_BxW, masked_tokens_BxW], axis=1), inject_second, train=train,
+        example_index=jnp.stack([index_B, ~index_B], axis=1))   # ~: other masks for masked text
+    end_BxC, plain_BxWxC = self.text.read(hidden_Bx2xWxC[:, 0], tokens_BxW, words, train=train, example_index=index_B)
+    return end_BxC, plain_BxWxC, self.text.read_at(hidden_Bx2xWxC[:, 1], masked_tokens_BxW, masked_positions_BxK, inject,
+                                                   train=train, example_index=~index_B)
 
-  def _masked_lm(self, hidden_BxWxC: jax.Array, masked_positions_BxK: jax.Array) -> jax.Array:
-    """Float32 logits [B, K, V] at the masked positions only."""
-    hidden_BxKxC = jnp.take_along_axis(hidden_BxWxC, masked_positions_BxK[..., None], axis=1)
+  def _masked_lm(self, hidden_BxKxC: jax.Array) -> jax.Array:
+    """Float32 logits [B, K, V]."""
     x_BxKxC, bias_V = self.training_only.masked_lm(hidden_BxKxC)
     logits_BxKxV = self.text.attend(x_BxKxC)
     return logits_BxKxV + jnp.broadcast_to(bias_V, logits_BxKxV.shape)

@@ -40,44 +40,66 @@ class TextTransformer(nn.Module):
                    for i in range(text.depth)]
     self.final_norm = nn.LayerNorm(self.epsilon, dtype=self.dtype)
 
-  def __call__(self, tokens_W: jax.Array, inject: Inject | None = None, *, train: bool = False,
-               example_index: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+  def __call__(self, tokens_W: jax.Array, words: bool = True, *, train: bool = False,
+               example_index: jax.Array | None = None) -> tuple[jax.Array, jax.Array | None]:
     """int32 [..., W] with W at most the context -> ([..., C] at the end token, [..., W, C] at all positions).
 
     Args:
       tokens_W: token ids; nothing attends to positions after the first end token.
-      inject: called after each block as inject(number of blocks done, hidden [..., W, C]); its result goes on.
+      words: False: None instead of all positions; the last block then computes the end token's alone.
       train: whether to drop out.
       example_index: int32 [...], the example's index in the global batch, which decides its dropout masks.
 
     Raises:
       UserError: if W is more than the context.
     """
+    hidden_WxC = self.all_but_last(tokens_W, train=train, example_index=example_index)
+    return self.read(hidden_WxC, tokens_W, words, train=train, example_index=example_index)
+
+  def all_but_last(self, tokens_W: jax.Array, inject: Inject | None = None, *, train: bool = False,
+                   example_index: jax.Array | None = None) -> jax.Array:
+    """int32 [..., W] -> [..., W, C] before the last block; raises as `__call__` does.
+
+    After each block goes on what inject(number of blocks done, hidden [..., W, C]) returns.
+    """
     positions = tokens_W.shape[-1]
     if positions > self.text.context:
       raise UserError(f'{positions} text positions are more than model.text.context {self.text.context}')
-    valid = valid_positions(tokens_W, self.text.end_id)
-    bias = self._bias(valid)
+    bias = self._bias(tokens_W)
     embeddings = self.token_embedding.embedding.astype(self.dtype)
     x = jnp.take(embeddings, tokens_W, axis=0)
     x = x + jnp.broadcast_to(self.position_embedding[:positions], x.shape).astype(self.dtype)
-    for done, block in enumerate(self.blocks, start=1):
+    for done, block in enumerate(self.blocks[:-1], start=1):
       x = block(x, train, example_index, bias)
       x = inject(done, x) if inject else x
+    return x
+
+  def read(self, hidden_WxC: jax.Array, tokens_W: jax.Array, words: bool, *, train: bool,
+           example_index: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+    """What `__call__` returns, of what comes before the last block."""
+    end = jnp.sum(valid_positions(tokens_W, self.text.end_id), axis=-1, keepdims=True, dtype=jnp.int32) - 1
+    if not words:
+      return self.read_at(hidden_WxC, tokens_W, end, train=train, example_index=example_index)[..., 0, :], None
+    x = self.blocks[-1](hidden_WxC, train, example_index, self._bias(tokens_W))
     x = self.final_norm(x)
-    end = jnp.sum(valid, axis=-1, dtype=jnp.int32)[..., None, None] - 1
-    return jnp.take_along_axis(x, end, axis=-2)[..., 0, :], x
+    return layers.take_positions(x, end)[..., 0, :], x
+
+  def read_at(self, hidden_WxC: jax.Array, tokens_W: jax.Array, at_K: jax.Array, inject: Inject | None = None, *,
+              train: bool, example_index: jax.Array | None) -> jax.Array:
+    """[..., K, C] at the positions int32 [..., K] alone, of what comes before the last block."""
+    x = self.blocks[-1](hidden_WxC, train, example_index, self._bias(tokens_W, at_K), at_K)
+    return self.final_norm(inject(len(self.blocks), x) if inject else x)
 
   def attend(self, x: jax.Array) -> jax.Array:
     """Float32 products [..., V] of x [..., C] with the token embeddings (a tied output layer)."""
     return jnp.einsum('...c,vc->...v', x, self.token_embedding.embedding.astype(x.dtype),
                       preferred_element_type=jnp.float32)
 
-  def _bias(self, valid: jax.Array) -> jax.Array:
-    """The attention bias [..., 1, T, S]: 0 where a position may look, a large negative number where it may not."""
-    allowed = valid[..., None, None, :]
+  def _bias(self, tokens_W: jax.Array, at_T: jax.Array | None = None) -> jax.Array:
+    """The attention bias [..., 1, T or 1, S]: 0 where a position may look, a large negative number where it may not."""
+    allowed = valid_positions(tokens_W, self.text.end_id)[..., None, None, :]
     if self.text.causal:
-      positions = valid.shape[-1]
-      triangle = jnp.tril(jnp.ones((positions, positions), bool))
-      allowed = allowed & triangle.reshape((1,) * (allowed.ndim - 2) + triangle.shape)
+      positions = jnp.arange(tokens_W.shape[-1])
+      at_T = jnp.broadcast_to(positions, tokens_W.shape) if at_T is None else at_T
+      allowed = allowed & (at_T[..., None, :, None] >= jnp.broadcast_to(positions, allowed.shape))
     return jnp.where(allowed, 0.0, -1e9)

@@ -132,6 +132,16 @@ def test_masked_lm_reads_the_masked_text_and_reaches_the_image_only_through_gate
   assert np.abs(closed['text']['token_embedding']['embedding']).max() > 0
 
 
+@pytest.mark.parametrize('causal', [False, True])
+def test_masked_lm_logits_are_those_that_all_positions_have(variables, causal):
+  variables, model = {**variables, 'params': with_open_gates(variables['params'])}, small(text=dict(causal=causal))
+  images, tokens, masked, positions = batch()
+  everywhere = np.tile(np.arange(WORDS, dtype=np.int32), (BATCH, 1))
+  some, every = (jitted(model)(variables, images, tokens, masked, at).masked_lm_logits for at in (positions, everywhere))
+  np.testing.assert_allclose(some, np.take_along_axis(every, positions[..., None], axis=1), atol=1e-5)
+  assert np.ptp(every, axis=1).min() > 1e-4   # positions differ
+
+
 def test_bfloat16_is_close_to_float32(variables):
   exact, rough = run(variables), run(variables, small(compute_dtype='bfloat16'))
   for a, b in ((exact.image_embedding, rough.image_embedding), (exact.text_embedding, rough.text_embedding)):

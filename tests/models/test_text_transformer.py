@@ -56,16 +56,41 @@ def test_only_a_causal_tower_hides_later_words(causal):
 
 
 def test_injection_is_called_after_each_block_and_its_result_goes_on():
-  tower, variables = tower_of()
+  tower, variables = tower_of(depth=3)
   tokens, calls = tokens_of(5, 8), []
 
   def inject(done, hidden):
     calls.append((done, hidden.shape))
-    return hidden * 0 if done == 2 else hidden
+    return hidden.at[..., 0].add(done)
 
-  _, hidden = tower.apply(variables, tokens, inject)
-  assert calls == [(1, (2, 12, 32)), (2, (2, 12, 32))]
-  assert np.ptp(hidden, axis=1).max() == 0   # the final norm of zeros
+  def run(tower, tokens, at, inject):
+    return tower.read_at(tower.all_but_last(tokens, inject), tokens, at, inject, train=False, example_index=None)
+
+  at = jnp.array([[2, 4], [1, 8]])
+  got = tower.apply(variables, tokens, at, inject, method=run)
+  assert calls == [(1, (2, 12, 32)), (2, (2, 12, 32)), (3, (2, 2, 32))]
+  assert np.abs(got - tower.apply(variables, tokens, at, None, method=run)).max() > 1e-2
+  zeros = tower.apply(variables, tokens, at, lambda done, hidden: hidden * (done < 3), method=run)
+  assert np.ptp(zeros, axis=1).max() == 0   # the final norm of zeros
+
+
+@pytest.mark.parametrize('causal', [False, True])
+def test_some_positions_alone_are_those_of_all(causal):
+  tower, variables = tower_of(causal=causal)
+  tokens, at = tokens_of(4, 11), jnp.array([[3, 0, 4], [7, 7, 2]])
+
+  def some(tower, tokens):
+    return tower.read_at(tower.all_but_last(tokens), tokens, at, train=False, example_index=None)
+
+  end, hidden = tower.apply(variables, tokens)
+  end_alone, nothing = tower.apply(variables, tokens, words=False)
+  assert nothing is None
+  np.testing.assert_allclose(end_alone, end, atol=1e-6)
+  np.testing.assert_allclose(tower.apply(variables, tokens, method=some),
+                             jnp.take_along_axis(hidden, at[..., None], axis=1), atol=1e-6)
+  wanted, got = (jax.grad(lambda v: jnp.sum(jnp.sin(tower.apply(v, tokens, words)[0])))(variables) for words in (True, False))
+  for left, right in zip(jax.tree.leaves(wanted), jax.tree.leaves(got), strict=True):
+    np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-5)
 
 
 def test_any_batch_axes_give_the_same_rows():
