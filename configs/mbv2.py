@@ -2,7 +2,7 @@
 
 COMMAND   python -m lightclip_jax.main --config=configs/mbv2.py:VARIANT --workdir=DIR
 VARIANT     hardware                      reaches
-quickstart  2 CPU cores, 5 to 10 minutes  held-out style: concept top-1 5.9 %, 9-group 46.1 %; held-out images: top-1 20.2 %
+quickstart  2 CPU cores, 5 to 10 minutes  held-out style: concept top-1 5.8 %, 9-group 46.6 %; held-out images: top-1 20.0 %
 laptop      1 CPU core, 70 minutes        held-out style: concept top-1 25.9 %, 9-group 62.1 %; held-out images: top-1 51.4 %
 emoji       one GPU (the default)         not yet run
 icons       one GPU                       not yet run
