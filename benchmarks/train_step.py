@@ -65,7 +65,8 @@ def serve(config: config_lib.Config, length: int) -> None:
   trainer = Trainer.create(config, sharding.make_mesh(config.mesh))
   start = time.perf_counter()
   step = trainer.compile_step(length)
-  compiled, state = time.perf_counter() - start, trainer.init_state()
+  compiled = time.perf_counter() - start
+  state = trainer.init_state()
   batch = put_batch(noise.examples(config, trainer.mesh, length), trainer.mesh)
   print(json.dumps(compiled), flush=True)
   for line in sys.stdin:

@@ -142,7 +142,10 @@ def _text_tower(text: Mapping[str, Any], weights: Mapping[str, np.ndarray], toke
   variables = _variables(theirs, convert.OPEN_CLIP_TEXT, jax.eval_shape(tower.init, jax.random.key(0), shape))
   projection_CxD = _matrix('text_projection', theirs)
   _check_projection('text_projection', projection_CxD, dim)
-  run = jax.jit(lambda variables, projection_CxD, tokens: _unit(tower.apply(variables, tokens, words=False)[0] @ projection_CxD))
+
+  def run(variables: Any, projection_CxD: jax.Array, tokens: jax.Array) -> jax.Array:
+    return _unit(tower.apply(variables, tokens, words=False)[0] @ projection_CxD)
+  run = jax.jit(run)
   return lambda batch: run(variables, projection_CxD, batch)
 
 

@@ -83,14 +83,14 @@ class Dense(nn.Module):
 
 
 def take_positions(x: jax.Array, at: jax.Array) -> jax.Array:
-  """x [..., T, C] at the positions int32 [..., K] -> [..., K, C]."""
+  """x [..., S, C] at the positions int32 [..., T] -> [..., T, C]."""
   return jnp.take_along_axis(x, at[..., None], axis=-2)
 
 
 class SelfAttention(nn.Module):
   """Multi-head self-attention with one product for queries, keys and values (in this order).
 
-  x [..., T, C] -> [..., T, C], or [..., K, C] at the positions `at` (int32 [..., K]) alone; bias as `attention` has it.
+  x [..., S, C] -> [..., S, C], or [..., T, C] at the positions `at` (int32 [..., T]) alone; bias as `attention` has it.
   """
   heads: int
   kernel_init: nn.initializers.Initializer = trunc_normal
@@ -139,7 +139,7 @@ class PatchEmbed(nn.Module):
 class TransformerBlock(nn.Module):
   """x + attention(norm(x)), then x + mlp(norm(x)); each branch may be dropped, whole or by element.
 
-  x [..., T, C] -> [..., T, C], or [..., K, C] at the positions `at` (int32 [..., K]) alone: the others are attended to.
+  x [..., S, C] -> [..., S, C], or [..., T, C] at the positions `at` (int32 [..., T]) alone: the others are attended to.
   """
   heads: int
   epsilon: float

@@ -140,20 +140,20 @@ class LightCLIP(nn.Module):
 
     Up to the last block both are one pass; the new axis of 2 stands after the batch axis, which may be sharded.
     """
-    def inject(blocks_done: int, masked_BxWxC: jax.Array) -> jax.Array:
+    def fuse(blocks_done: int, masked_BxWxC: jax.Array) -> jax.Array:
       return self.training_only.fusion(blocks_done, masked_BxWxC, image.stages)
 
-    def inject_second(blocks_done: int, hidden_Bx2xWxC: jax.Array) -> jax.Array:
+    def fuse_masked(blocks_done: int, hidden_Bx2xWxC: jax.Array) -> jax.Array:
       if all(block != blocks_done for _, block in self.config.fusion.stages):
         return hidden_Bx2xWxC
-      return jnp.stack([hidden_Bx2xWxC[:, 0], inject(blocks_done, hidden_Bx2xWxC[:, 1])], axis=1)
+      return jnp.stack([hidden_Bx2xWxC[:, 0], fuse(blocks_done, hidden_Bx2xWxC[:, 1])], axis=1)
 
     index_B = jnp.arange(tokens_BxW.shape[0]) if example_index_B is None else example_index_B
     hidden_Bx2xWxC = self.text.all_but_last(
-        jnp.stack([tokens_BxW, masked_tokens_BxW], axis=1), inject_second, train=train,
+        jnp.stack([tokens_BxW, masked_tokens_BxW], axis=1), fuse_masked, train=train,
         example_index=jnp.stack([index_B, ~index_B], axis=1))   # ~: other masks for masked text
     end_BxC, plain_BxWxC = self.text.read(hidden_Bx2xWxC[:, 0], tokens_BxW, words, train=train, example_index=index_B)
-    return end_BxC, plain_BxWxC, self.text.read_at(hidden_Bx2xWxC[:, 1], masked_tokens_BxW, masked_positions_BxK, inject,
+    return end_BxC, plain_BxWxC, self.text.read_at(hidden_Bx2xWxC[:, 1], masked_tokens_BxW, masked_positions_BxK, fuse,
                                                    train=train, example_index=~index_B)
 
   def _masked_lm(self, hidden_BxKxC: jax.Array) -> jax.Array:

@@ -1,6 +1,6 @@
 """The text tower: a pre-norm Transformer (CLIP's; agrees with open_clip's text tower given its weights).
 
-Letters: W positions, C width, V vocabulary; `...` any batch axes.
+Letters: W positions, K positions that are read, C width, V vocabulary; `...` any batch axes.
 """
 from collections.abc import Callable
 
@@ -29,6 +29,8 @@ class TextTransformer(nn.Module):
 
   def setup(self) -> None:
     text = self.text
+    if text.depth < 1:
+      raise UserError(f'model.text.depth is {text.depth}; it must be 1 or more')
     if text.width % text.heads:
       raise UserError(f'model.text.width {text.width} is not a multiple of model.text.heads {text.heads}')
     self.token_embedding = nn.Embed(text.vocab_size, text.width, embedding_init=nn.initializers.normal(0.02))
@@ -86,7 +88,10 @@ class TextTransformer(nn.Module):
 
   def read_at(self, hidden_WxC: jax.Array, tokens_W: jax.Array, at_K: jax.Array, inject: Inject | None = None, *,
               train: bool, example_index: jax.Array | None) -> jax.Array:
-    """[..., K, C] at the positions int32 [..., K] alone, of what comes before the last block."""
+    """[..., K, C] at the positions int32 [..., K] alone, of what comes before the last block.
+
+    Into the final norm goes what inject(number of blocks, hidden [..., K, C]) returns.
+    """
     x = self.blocks[-1](hidden_WxC, train, example_index, self._bias(tokens_W, at_K), at_K)
     return self.final_norm(inject(len(self.blocks), x) if inject else x)
 
@@ -95,11 +100,11 @@ class TextTransformer(nn.Module):
     return jnp.einsum('...c,vc->...v', x, self.token_embedding.embedding.astype(x.dtype),
                       preferred_element_type=jnp.float32)
 
-  def _bias(self, tokens_W: jax.Array, at_T: jax.Array | None = None) -> jax.Array:
-    """The attention bias [..., 1, T or 1, S]: 0 where a position may look, a large negative number where it may not."""
+  def _bias(self, tokens_W: jax.Array, at_K: jax.Array | None = None) -> jax.Array:
+    """The attention bias [..., 1, W or K or 1, W]: 0 where a position may look, a large negative number where it may not."""
     allowed = valid_positions(tokens_W, self.text.end_id)[..., None, None, :]
     if self.text.causal:
       positions = jnp.arange(tokens_W.shape[-1])
-      at_T = jnp.broadcast_to(positions, tokens_W.shape) if at_T is None else at_T
-      allowed = allowed & (at_T[..., None, :, None] >= jnp.broadcast_to(positions, allowed.shape))
+      at_K = jnp.broadcast_to(positions, tokens_W.shape) if at_K is None else at_K
+      allowed = allowed & (at_K[..., None, :, None] >= jnp.broadcast_to(positions, allowed.shape))
     return jnp.where(allowed, 0.0, -1e9)

@@ -127,19 +127,26 @@ def test_masked_lm_reads_the_masked_text_and_reaches_the_image_only_through_gate
   closed, opened = gradient(variables['params']), gradient(with_open_gates(variables['params']))
   norms = [max(float(jnp.abs(x).max()) for x in jax.tree.leaves(g['image'])) for g in (closed, opened)]
   assert norms[0] == 0 and norms[1] > 0
-  gates = closed['training_only']['fusion']['stage2_block1']['gate']
-  assert np.abs(gates).max() > 0   # a closed gate learns to open
+  for place in ('stage2_block1', 'stage4_block2'):   # the latter after the last block
+    assert np.abs(closed['training_only']['fusion'][place]['gate']).max() > 0, 'a closed gate learns to open'
   assert np.abs(closed['text']['token_embedding']['embedding']).max() > 0
 
 
 @pytest.mark.parametrize('causal', [False, True])
 def test_masked_lm_logits_are_those_that_all_positions_have(variables, causal):
-  variables, model = {**variables, 'params': with_open_gates(variables['params'])}, small(text=dict(causal=causal))
+  closed, model = variables, small(text=dict(causal=causal))
+  variables = {**variables, 'params': with_open_gates(variables['params'])}
   images, tokens, masked, positions = batch()
   everywhere = np.tile(np.arange(WORDS, dtype=np.int32), (BATCH, 1))
   some, every = (jitted(model)(variables, images, tokens, masked, at).masked_lm_logits for at in (positions, everywhere))
   np.testing.assert_allclose(some, np.take_along_axis(every, positions[..., None], axis=1), atol=1e-5)
   assert np.ptp(every, axis=1).min() > 1e-4   # positions differ
+
+  def without_images(clip):
+    return clip._masked_lm(clip.text(masked)[1])
+
+  np.testing.assert_allclose(jitted(model)(closed, images, tokens, masked, everywhere).masked_lm_logits,
+                             lightclip.LightCLIP(model).apply(closed, method=without_images), atol=1e-5)
 
 
 def test_bfloat16_is_close_to_float32(variables):

@@ -1,4 +1,6 @@
 """The text tower: what padding, length and injection may and may not change."""
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,17 +61,20 @@ def test_injection_is_called_after_each_block_and_its_result_goes_on():
   tower, variables = tower_of(depth=3)
   tokens, calls = tokens_of(5, 8), []
 
-  def inject(done, hidden):
+  def inject(done, hidden, after=2):
     calls.append((done, hidden.shape))
-    return hidden.at[..., 0].add(done)
+    return hidden.at[..., 0].add(done == after)
 
   def run(tower, tokens, at, inject):
     return tower.read_at(tower.all_but_last(tokens, inject), tokens, at, inject, train=False, example_index=None)
 
   at = jnp.array([[2, 4], [1, 8]])
-  got = tower.apply(variables, tokens, at, inject, method=run)
+  plain = tower.apply(variables, tokens, at, None, method=run)
+  tower.apply(variables, tokens, at, inject, method=run)
   assert calls == [(1, (2, 12, 32)), (2, (2, 12, 32)), (3, (2, 2, 32))]
-  assert np.abs(got - tower.apply(variables, tokens, at, None, method=run)).max() > 1e-2
+  for after in (1, 2, 3):
+    got = tower.apply(variables, tokens, at, functools.partial(inject, after=after), method=run)
+    assert np.abs(got - plain).max() > 1e-2, after
   zeros = tower.apply(variables, tokens, at, lambda done, hidden: hidden * (done < 3), method=run)
   assert np.ptp(zeros, axis=1).max() == 0   # the final norm of zeros
 
@@ -82,14 +87,18 @@ def test_some_positions_alone_are_those_of_all(causal):
   def some(tower, tokens):
     return tower.read_at(tower.all_but_last(tokens), tokens, at, train=False, example_index=None)
 
+  def read(end, positions):
+    return jnp.sum(jnp.sin(end)) + jnp.sum(jnp.cos(positions))
+
   end, hidden = tower.apply(variables, tokens)
   end_alone, nothing = tower.apply(variables, tokens, words=False)
   assert nothing is None
   np.testing.assert_allclose(end_alone, end, atol=1e-6)
   np.testing.assert_allclose(tower.apply(variables, tokens, method=some),
                              jnp.take_along_axis(hidden, at[..., None], axis=1), atol=1e-6)
-  wanted, got = (jax.grad(lambda v: jnp.sum(jnp.sin(tower.apply(v, tokens, words)[0])))(variables) for words in (True, False))
-  for left, right in zip(jax.tree.leaves(wanted), jax.tree.leaves(got), strict=True):
+  wanted = jax.grad(lambda v: read(tower.apply(v, tokens)[0], jnp.take_along_axis(tower.apply(v, tokens)[1], at[..., None], 1)))
+  got = jax.grad(lambda v: read(tower.apply(v, tokens, words=False)[0], tower.apply(v, tokens, method=some)))
+  for left, right in zip(jax.tree.leaves(wanted(variables)), jax.tree.leaves(got(variables)), strict=True):
     np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-5)
 
 
@@ -102,12 +111,13 @@ def test_any_batch_axes_give_the_same_rows():
   np.testing.assert_allclose(folded.reshape(4, 32), flat, atol=1e-6)
 
 
-def test_dropout_follows_the_example():
+@pytest.mark.parametrize('words', [True, False])
+def test_dropout_follows_the_example(words):
   tower, variables = tower_of(dropout=0.3)
   tokens = np.repeat(tokens_of(6), 4, axis=0)
 
   def end(tokens, index, seed=0, train=True):
-    return tower.apply(variables, tokens, train=train, example_index=index, rngs={'dropout': jax.random.key(seed)})[0]
+    return tower.apply(variables, tokens, words, train=train, example_index=index, rngs={'dropout': jax.random.key(seed)})[0]
 
   whole = end(tokens, jnp.arange(4))
   np.testing.assert_allclose(whole[2:], end(tokens[2:], jnp.arange(2, 4)), atol=1e-6)
@@ -122,3 +132,5 @@ def test_errors_name_the_numbers():
     tower.apply(variables, jnp.zeros((1, 13), jnp.int32))
   with pytest.raises(UserError, match='30.*4'):
     tower_of(width=30)
+  with pytest.raises(UserError, match='depth is 0'):
+    tower_of(depth=0)
