@@ -31,7 +31,8 @@ def run(main: Callable[[], int | None], debug: bool = False) -> int:
       return 1
     if debug or not (error.errno in _LASTING or storage.passes(error)):
       raise
-    where = named.filename or 'a file that is open'
+    opened = 'the standard output, or a connection' if isinstance(error, BrokenPipeError) else 'a file that is open'
+    where = named.filename or opened
     first = 'make room, and' if named.errno in _LASTING else 'when it answers again,'
     print(f'error: {named.strerror or named}: {where}; {first} start the same command again', file=sys.stderr)
     return 1

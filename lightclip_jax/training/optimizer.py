@@ -3,6 +3,7 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from lightclip_jax import config as config_lib
@@ -43,17 +44,24 @@ def matrices(params: Any) -> Any:
   return jax.tree_util.tree_map_with_path(dimensions, params)
 
 
-def make_optimizer(config: config_lib.Optimizer, steps: int) -> optax.GradientTransformation:
-  """Clipping by the global norm, then AdamW, or Muon for the matrices and AdamW for the rest.
-
-  Frozen parameters count in neither, and have no moments.
+def make_optimizer(config: config_lib.Optimizer, steps: int) -> optax.GradientTransformationExtraArgs:
+  """Clipping by the global norm, which `update` takes as `gradient_norm`; then AdamW, or Muon for the matrices and AdamW for
+  the rest. Frozen parameters have no moments.
   """
-  clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+  clip = _clip(config.clip_norm) if config.clip_norm else optax.identity()
   optimizer = optax.chain(clip, _adamw(config, steps) if config.name == 'adamw' else _muon(config, steps))
   if not config.freeze:
     return optimizer
   return optax.partition({'trained': optimizer, 'frozen': optax.set_to_zero()},
                          lambda params: frozen_labels(params, config.freeze))
+
+
+def _clip(limit: float) -> optax.GradientTransformationExtraArgs:
+  """`optax.clip_by_global_norm` with a norm that is known, where that one would be a second reading of all gradients."""
+  def update(updates: Any, state: Any, params: Any = None, *, gradient_norm: jax.Array, **_: Any) -> tuple[Any, Any]:
+    factor = jnp.minimum(1.0, limit / gradient_norm)
+    return jax.tree.map(lambda gradient: gradient * factor, updates), state
+  return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
 def _adamw(config: config_lib.Optimizer, steps: int) -> optax.GradientTransformation:
@@ -71,6 +79,14 @@ def _muon(config: config_lib.Optimizer, steps: int) -> optax.GradientTransformat
     return jax.tree.map(lambda dimensions: 'muon' if dimensions else 'adamw', matrices(params),
                         is_leaf=lambda x: x is None or isinstance(x, optax.contrib.MuonDimensionNumbers))
   return optax.partition({'muon': muon, 'adamw': _adamw(config, steps)}, labels)
+
+
+def stop_frozen(params: Any, pattern: str) -> Any:
+  """The same parameters; those that stay as they are have no gradient, and nothing is computed for one."""
+  if not pattern:
+    return params
+  return jax.tree.map(lambda leaf, label: jax.lax.stop_gradient(leaf) if label == 'frozen' else leaf, params,
+                      frozen_labels(params, pattern))
 
 
 def frozen_labels(params: Any, pattern: str) -> Any:

@@ -92,7 +92,7 @@ class Trainer:
   mesh: jax.sharding.Mesh
   model: lightclip.LightCLIP
   objective: Objective
-  optimizer: optax.GradientTransformation
+  optimizer: optax.GradientTransformationExtraArgs
 
   @classmethod
   def create(cls, config: config_lib.Config, mesh: jax.sharding.Mesh) -> 'Trainer':
@@ -158,12 +158,13 @@ class Trainer:
     good = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
     rate = optimizer_lib.learning_rate(self.config.optimizer, self.config.train.steps)(state.step)
     metrics |= {'gradient_norm': gradient_norm, 'learning_rate': rate, 'skipped': 1.0 - good}
-    new = update_if(good, self._update, state, gradients, statistics, platform=self._platform)
+    new = update_if(good, self._update, state, gradients, gradient_norm, statistics, platform=self._platform)
     return dataclasses.replace(new, step=state.step + 1), metrics
 
-  def _update(self, state: state_lib.TrainState, gradients: Any, statistics: Any) -> state_lib.TrainState:
+  def _update(self, state: state_lib.TrainState, gradients: Any, gradient_norm: jax.Array, statistics: Any
+              ) -> state_lib.TrainState:
     """The state that has learnt from the gradients, its step not yet counted."""
-    updates, optimizer_state = self.optimizer.update(gradients, state.optimizer, state.params)
+    updates, optimizer_state = self.optimizer.update(gradients, state.optimizer, state.params, gradient_norm=gradient_norm)
     params = optax.apply_updates(state.params, updates)
     batch_stats = state.batch_stats
     if batch_stats:
@@ -172,7 +173,7 @@ class Trainer:
 
   def loss(self, params: Any, state: state_lib.TrainState, batch: Batch) -> tuple[jax.Array, tuple[Any, Any]]:
     """The named sum over the full batch, its metrics, and the normalisation statistics of each group."""
-    params = sharding.gather(params, self.places.params)
+    params = sharding.gather(optimizer_lib.stop_frozen(params, self.config.optimizer.freeze), self.places.params)
     outputs, statistics = self.encode(params, state, batch)
     progress = state.step / self.config.train.steps
     heads = params['training_only']

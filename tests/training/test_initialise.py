@@ -17,11 +17,15 @@ from lightclip_jax.training.state import TrainState
 PARAMS = {'image': {'kernel': jnp.ones((2, 3)), 'bias': jnp.ones(3)}, 'text': {'kernel': jnp.ones((3, 2))}}
 
 
-def steps(config, gradients, count=3):
+def steps(config, slopes, count=3):
+  """Some steps down a plane with these slopes."""
+  def loss(params):
+    return sum(jax.tree.leaves(jax.tree.map(jnp.vdot, slopes, optimizer.stop_frozen(params, config.freeze))))
   made, params = optimizer.make_optimizer(config, 10), PARAMS
   state = made.init(params)
   for _ in range(count):
-    updates, state = made.update(gradients, state, params)
+    gradients = jax.grad(loss)(params)
+    updates, state = made.update(gradients, state, params, gradient_norm=optax.tree.norm(gradients))
     params = optax.apply_updates(params, updates)
   return params, state
 
@@ -32,16 +36,28 @@ def size(tree):
 
 @pytest.mark.parametrize('name', ['adamw', 'muon'])
 def test_frozen_parameters_stay_and_take_no_part_in_clipping(name):
-  gradients = jax.tree.map(lambda x: jnp.full(x.shape, 0.01), PARAMS)
-  gradients['image']['kernel'] *= 1e6   # would clip the text tower's gradient to nothing
+  slopes = jax.tree.map(lambda x: jnp.full(x.shape, 0.01), PARAMS)
+  slopes['image']['kernel'] *= 1e6   # would clip the text tower's slope to nothing
   config = config_lib.Optimizer(name=name, freeze='^image/', eps=1e-3)
-  got, state = steps(config, gradients)
+  got, state = steps(config, slopes)
   jax.tree.map(np.testing.assert_array_equal, got['image'], PARAMS['image'])
-  alone, _ = steps(config, gradients | {'image': jax.tree.map(jnp.zeros_like, PARAMS['image'])})
+  alone, _ = steps(config, slopes | {'image': jax.tree.map(jnp.zeros_like, PARAMS['image'])})
   np.testing.assert_array_equal(got['text']['kernel'], alone['text']['kernel'])
   assert np.abs(np.asarray(got['text']['kernel']) - 1).min() > 1e-5
-  _, whole = steps(dataclasses.replace(config, freeze=''), gradients)
+  _, whole = steps(dataclasses.replace(config, freeze=''), slopes)
   assert size(state) + size(PARAMS['image']) <= size(whole)   # no moments of what stays
+
+
+@pytest.mark.parametrize('size', [0.1, 10.0])
+def test_clipping_is_optax_own(size):
+  config = config_lib.Optimizer(eps=1e-2, clip_norm=0.5)   # a large eps: AdamW's steps depend on the gradient's size
+  slopes = jax.tree.map(lambda x: size * jnp.arange(x.size, dtype=jnp.float32).reshape(x.shape) / 10, PARAMS)
+  got, _ = steps(config, slopes)
+  unclipped = config_lib.replace(config, clip_norm=0.0)
+  clipped_slopes, _ = optax.clip_by_global_norm(0.5).update(slopes, optax.EmptyState())
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, steps(unclipped, clipped_slopes)[0])
+  same = np.array_equal(got['image']['kernel'], steps(unclipped, slopes)[0]['image']['kernel'])
+  assert same == (optax.tree.norm(slopes) < 0.5)
 
 
 @pytest.mark.parametrize('pattern, words', [

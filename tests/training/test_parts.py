@@ -5,11 +5,13 @@ import errno
 import functools
 import json
 import math
+import os
 import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from tiny import TINY
 
@@ -195,6 +197,17 @@ def test_a_full_disk_is_one_line(tmp_path, capsys):
   keeper.close()
 
 
+def test_output_that_nobody_reads_is_one_line(capsys):
+  def main():
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, 'w') as output:
+      print('step 1', file=output, flush=True)
+
+  assert cli.run(main) == 1
+  assert capsys.readouterr().err.startswith('error: Broken pipe: the standard output, or a connection; ')
+
+
 def test_a_path_that_cannot_be_written_is_one_line(tmp_path, capsys):
   (tmp_path / 'file').write_text('')
   for path, words in ((tmp_path, 'Is a directory'), (tmp_path / 'file/x', 'Not a directory'),
@@ -264,7 +277,7 @@ def test_muon_orthogonalises_matrices_and_leaves_the_rest_to_adamw():
   for transformation in (muon, adamw):
     state = transformation.init(params)
     for _ in range(2):   # the first step's rate is 0
-      update, state = transformation.update(gradients, state, params)
+      update, state = transformation.update(gradients, state, params, gradient_norm=optax.tree.norm(gradients))
     updates.append(update)
   for name in ('dense', 'conv'):
     matrix = np.asarray(updates[0][name]['kernel']).reshape(-1, params[name]['kernel'].shape[-1])

@@ -133,6 +133,14 @@ def test_terms_with_weight_zero_are_not_computed(trainer_of):
   assert 'loss_contrastive' in metrics and not {'loss_token_matching', 'loss_masked_lm'} & set(metrics)
 
 
+@pytest.mark.parametrize('accumulate', [1, 4])
+def test_what_is_frozen_has_no_backward_pass(trainer_of, accumulate):
+  whole = trainer_of(1, accumulate)
+  frozen = Trainer.create(config_lib.replace(whole.config, optimizer=dict(freeze='^image/')), whole.mesh)
+  flops = [jax.jit(jax.grad(t.loss, has_aux=True)).lower(*_abstract(t)).cost_analysis()['flops'] for t in (frozen, whole)]
+  assert flops[0] < 0.7 * flops[1]
+
+
 def test_a_teacher_is_in_the_batch_where_it_is_needed_and_in_no_micro_batch(trainer_of):
   plain = trainer_of(1, 4)
   trainer = Trainer.create(config_lib.replace(plain.config, objective=TEACHER), plain.mesh)
