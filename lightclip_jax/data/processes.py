@@ -1,4 +1,4 @@
-"""Worker processes that end with their parent and leave Ctrl-C to it."""
+"""Worker processes that end with their parent, and leave Ctrl-C and a closed terminal to it."""
 import os
 import signal
 import sys
@@ -11,7 +11,8 @@ def start_worker(parent: int) -> None:
   os.environ['JAX_PLATFORMS'] = 'cpu'
   if 'jax' in sys.modules:   # Grain imports it, and it has read the environment by now; the accelerator is the parent's
     sys.modules['jax'].config.update('jax_platforms', 'cpu')
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  for number in (signal.SIGINT, signal.SIGHUP):   # to all processes of a terminal
+    signal.signal(number, signal.SIG_IGN)
   threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 

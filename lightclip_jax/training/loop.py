@@ -26,7 +26,7 @@ SLOW_SECONDS = 2 * 3600.0   # a run on a CPU that will take longer is advised to
 
 
 def train(config: config_lib.Config, workdir: storage.Path) -> int:
-  """Trains to the end, or until SIGTERM or SIGINT; a workdir with history is continued.
+  """Trains to the end, or until a save is asked for (`preemption`); a workdir with history is continued.
 
   Returns:
     The exit code: 0 when complete (evaluated, with a report), `preemption.EXIT_PREEMPTED` when stopped and saved.
@@ -103,7 +103,7 @@ class Run:
     self._describe()
 
   def train(self) -> bool:
-    """Steps until the end (True), or until a signal (False, saved)."""
+    """Steps until the end (True), or until a save is asked for (False, saved)."""
     total = self.config.train.steps
     if self.step >= total:
       return True
