@@ -1,9 +1,12 @@
 """What must fit together before a run starts. Each failure is one line that names the value and what would be right."""
 import base64
+import contextlib
 import dataclasses
+import fcntl
 import json
 import operator
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -224,6 +227,41 @@ def is_claimed(workdir: storage.Path, config: config_lib.Config) -> bool:
   if shown := _differing(*({name: values.get(name) for name in names} for values in (before, now)), 'there', 'here'):
     raise UserError(f'{str(workdir)!r} holds a run with another config ({shown}); use another --workdir')
   return True
+
+
+@contextlib.contextmanager
+def alone(workdir: storage.Path) -> Iterator[None]:
+  """Nobody else trains in this workdir meanwhile: two that did would cut off each other's logs.
+
+  A process that does is waited for, since it may be saving. Buckets, and disks that have no locks for folders (NFS), are not
+  protected; the system gives a lock back when its process dies, however it does.
+
+  Raises:
+    UserError: where the other one goes on.
+  """
+  if jax.process_index() > 0 or storage.in_bucket(workdir):
+    yield
+    return
+  descriptor = os.open(workdir, os.O_RDONLY | os.O_DIRECTORY)
+  try:
+    _lock(descriptor, workdir)
+    yield
+  finally:
+    os.close(descriptor)
+
+
+def _lock(descriptor: int, workdir: storage.Path) -> None:
+  def attempt() -> None:
+    try:
+      fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise BlockingIOError(error.errno, 'another process trains there', str(workdir)) from error
+    except OSError:   # no such locks here
+      pass
+  try:
+    storage.patiently(attempt)
+  except BlockingIOError as error:
+    raise UserError(f'another process trains in {str(workdir)!r}; wait for it, stop it, or use another --workdir') from error
 
 
 def _differing(one: dict[str, Any], other: dict[str, Any], where: str, elsewhere: str) -> str:

@@ -32,11 +32,12 @@ def train(config: config_lib.Config, workdir: storage.Path) -> int:
     The exit code: 0 when complete (evaluated, with a report), `preemption.EXIT_PREEMPTED` when stopped and saved.
 
   Raises:
-    UserError: if config, data, devices and workdir do not fit together; nothing has been written then.
+    UserError: if config, data, devices and workdir do not fit together, or another process trains there; nothing has been
+      written then.
   """
   lost = distributed.ending_with_the_others   # before there is a run, and within `closing`, which would wait for them
   with preemption.Preemption() as stop, lost(), contextlib.closing(Run(config, workdir, stop)) as run:
-    with lost(), run.watchdog:
+    with checks.alone(workdir), lost(), run.watchdog:
       run.start()
       if run.train():
         run.finish()

@@ -6,6 +6,8 @@ import functools
 import json
 import math
 import os
+import subprocess
+import sys
 import types
 
 import jax
@@ -13,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from etils import epath
 from tiny import TINY
 
-from lightclip_jax import cli, sharding
+from lightclip_jax import cli, sharding, storage
 from lightclip_jax import config as config_lib
 from lightclip_jax.data.datasets import shapes
 from lightclip_jax.errors import UserError
@@ -195,6 +198,40 @@ def test_a_full_disk_is_one_line(tmp_path, capsys):
   with pytest.raises(OSError, match='nonsense'):   # not about room
     cli.run(lambda: (_ for _ in ()).throw(OSError(errno.EINVAL, 'nonsense', 'f')))
   keeper.close()
+
+
+def test_two_processes_do_not_train_in_one_workdir(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(storage, 'WAITS', (0.0, 0.1))
+  with checks.alone(tmp_path):
+    with pytest.raises(UserError, match='another process trains in .*use another --workdir'), checks.alone(tmp_path):
+      raise AssertionError
+    assert capsys.readouterr().err.count('another process trains there') == 2
+    with checks.alone(epath.Path('gs://bucket/run')):   # no locks there
+      pass
+  with checks.alone(tmp_path):   # once the first has ended
+    pass
+
+  program = f'''
+from lightclip_jax.training import checks
+with checks.alone({str(tmp_path)!r}):
+  print(flush=True)
+  input()'''
+  with subprocess.Popen([sys.executable, '-c', program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+    other.stdout.readline()
+    with pytest.raises(UserError, match='another process'), checks.alone(tmp_path):
+      raise AssertionError
+    other.kill()   # gives it back
+    other.wait()
+    with checks.alone(tmp_path):
+      pass
+
+
+def test_a_disk_without_locks_is_not_refused(tmp_path, monkeypatch):
+  def none(descriptor, operation):
+    raise OSError(errno.ENOTSUP, 'no locks')
+  monkeypatch.setattr(checks.fcntl, 'flock', none)
+  with checks.alone(tmp_path), checks.alone(tmp_path):
+    pass
 
 
 def test_output_that_nobody_reads_is_one_line(capsys):
