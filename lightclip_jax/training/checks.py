@@ -231,37 +231,33 @@ def is_claimed(workdir: storage.Path, config: config_lib.Config) -> bool:
 
 @contextlib.contextmanager
 def alone(workdir: storage.Path) -> Iterator[None]:
-  """Nobody else trains in this workdir meanwhile: two that did would cut off each other's logs.
+  """Makes the workdir, in which nobody else trains meanwhile: two that did would cut off each other's logs and checkpoints.
 
   A process that does is waited for, since it may be saving. Buckets, and disks that have no locks for folders (NFS), are not
   protected; the system gives a lock back when its process dies, however it does.
 
   Raises:
-    UserError: where the other one goes on.
+    BlockingIOError: where the other one goes on.
   """
-  if jax.process_index() > 0 or storage.in_bucket(workdir):
+  if jax.process_index() > 0 or storage.in_bucket(workdir):   # process 0 holds it for all
     yield
     return
+  workdir.mkdir(parents=True, exist_ok=True)
   descriptor = os.open(workdir, os.O_RDONLY | os.O_DIRECTORY)
   try:
-    _lock(descriptor, workdir)
+    storage.patiently(lambda: _lock(descriptor, workdir))
     yield
   finally:
     os.close(descriptor)
 
 
 def _lock(descriptor: int, workdir: storage.Path) -> None:
-  def attempt() -> None:
-    try:
-      fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-      raise BlockingIOError(error.errno, 'another process trains there', str(workdir)) from error
-    except OSError:   # no such locks here
-      pass
   try:
-    storage.patiently(attempt)
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BlockingIOError as error:
-    raise UserError(f'another process trains in {str(workdir)!r}; wait for it, stop it, or use another --workdir') from error
+    raise BlockingIOError(error.errno, 'another process trains in this workdir', str(workdir)) from error
+  except OSError:   # no such locks here
+    pass
 
 
 def _differing(one: dict[str, Any], other: dict[str, Any], where: str, elsewhere: str) -> str:

@@ -46,7 +46,7 @@ def matrices(params: Any) -> Any:
 
 def make_optimizer(config: config_lib.Optimizer, steps: int) -> optax.GradientTransformationExtraArgs:
   """Clipping by the global norm, which `update` takes as `gradient_norm`; then AdamW, or Muon for the matrices and AdamW for
-  the rest. Frozen parameters have no moments.
+  the rest. Frozen parameters have no moments; that they count in no norm is up to `stop_frozen`.
   """
   clip = _clip(config.clip_norm) if config.clip_norm else optax.identity()
   optimizer = optax.chain(clip, _adamw(config, steps) if config.name == 'adamw' else _muon(config, steps))
@@ -60,7 +60,7 @@ def _clip(limit: float) -> optax.GradientTransformationExtraArgs:
   """`optax.clip_by_global_norm` with a norm that is known, where that one would be a second reading of all gradients."""
   def update(updates: Any, state: Any, params: Any = None, *, gradient_norm: jax.Array, **_: Any) -> tuple[Any, Any]:
     factor = jnp.minimum(1.0, limit / gradient_norm)
-    return jax.tree.map(lambda gradient: gradient * factor, updates), state
+    return jax.tree.map(lambda gradient: gradient * factor.astype(gradient.dtype), updates), state
   return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 

@@ -1,10 +1,11 @@
 """What asks for a save at the next step boundary: SIGTERM, SIGINT, a terminal that is closed, output that nobody reads.
 
-A second SIGTERM or SIGINT ends at once.
+The same one of SIGTERM and SIGINT again ends at once.
 """
 import errno
 import os
 import signal
+import stat
 import sys
 import types
 from collections.abc import Callable
@@ -18,7 +19,7 @@ class Preemption:
 
   def __init__(self) -> None:
     self.requested = False
-    self._told = False   # by a signal that ends when it comes again
+    self._signals: set[int] = set()
     self._handlers: dict[int, object] = {}
 
   def __enter__(self) -> 'Preemption':
@@ -27,7 +28,7 @@ class Preemption:
         continue
       self._handlers[number] = signal.signal(number, self._handle)
     self._streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (_Output(stream, self._ask) for stream in self._streams)
+    sys.stdout, sys.stderr = (stream and _Output(stream, self._ask) for stream in self._streams)   # None: closed at start
     return self
 
   def __exit__(self, *_: object) -> None:
@@ -40,9 +41,9 @@ class Preemption:
 
   def _handle(self, number: int, frame: types.FrameType | None) -> None:
     del frame
-    if self._told and number != signal.SIGHUP:   # which comes from the shell and from the kernel, if a terminal is closed
+    if number in self._signals and number != signal.SIGHUP:   # of a terminal that is closed shell and kernel tell
       os._exit(128 + number)  # not sys.exit: asynchronous savers and workers would be waited for
-    self._told |= number != signal.SIGHUP
+    self._signals.add(number)
     self._ask()
 
 
@@ -65,13 +66,16 @@ class _Output:
     try:
       return action(*arguments)
     except OSError as error:
-      if error.errno not in (errno.EPIPE, errno.EIO):
+      if error.errno != errno.EPIPE and not (error.errno == errno.EIO and self._is_terminal()):
         raise
       nowhere = os.open(os.devnull, os.O_WRONLY)
       os.dup2(nowhere, self._stream.fileno())
       os.close(nowhere)
       self._lost()
       return action(*arguments)
+
+  def _is_terminal(self) -> bool:
+    return stat.S_ISCHR(os.fstat(self._stream.fileno()).st_mode)   # isatty says no once it is gone
 
   def __getattr__(self, name: str) -> Any:
     return getattr(self._stream, name)

@@ -48,10 +48,10 @@ def test_frozen_parameters_stay_and_take_no_part_in_clipping(name):
   assert size(state) + size(PARAMS['image']) <= size(whole)   # no moments of what stays
 
 
-@pytest.mark.parametrize('size', [0.1, 10.0])
-def test_clipping_is_optax_own(size):
+@pytest.mark.parametrize('steepness', [0.1, 10.0])
+def test_clipping_is_optax_own(steepness):
   config = config_lib.Optimizer(eps=1e-2, clip_norm=0.5)   # a large eps: AdamW's steps depend on the gradient's size
-  slopes = jax.tree.map(lambda x: size * jnp.arange(x.size, dtype=jnp.float32).reshape(x.shape) / 10, PARAMS)
+  slopes = jax.tree.map(lambda x: steepness * jnp.arange(x.size, dtype=jnp.float32).reshape(x.shape) / 10, PARAMS)
   got, _ = steps(config, slopes)
   unclipped = config_lib.replace(config, clip_norm=0.0)
   clipped_slopes, _ = optax.clip_by_global_norm(0.5).update(slopes, optax.EmptyState())

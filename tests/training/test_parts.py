@@ -16,14 +16,14 @@ import numpy as np
 import optax
 import pytest
 from etils import epath
-from tiny import TINY
+from tiny import SHALLOW, TINY
 
 from lightclip_jax import cli, sharding, storage
 from lightclip_jax import config as config_lib
 from lightclip_jax.data.datasets import shapes
 from lightclip_jax.errors import UserError
-from lightclip_jax.models import image_towers
-from lightclip_jax.training import checkpoint, checks, metrics, optimizer
+from lightclip_jax.models import image_towers, mobilenet_v2
+from lightclip_jax.training import checkpoint, checks, loop, metrics, optimizer, preemption
 from lightclip_jax.training.step import Trainer
 
 
@@ -203,27 +203,50 @@ def test_a_full_disk_is_one_line(tmp_path, capsys):
 def test_two_processes_do_not_train_in_one_workdir(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(storage, 'WAITS', (0.0, 0.1))
   with checks.alone(tmp_path):
-    with pytest.raises(UserError, match='another process trains in .*use another --workdir'), checks.alone(tmp_path):
+    with pytest.raises(BlockingIOError), checks.alone(tmp_path):
       raise AssertionError
-    assert capsys.readouterr().err.count('another process trains there') == 2
+    assert capsys.readouterr().err.count(f'another process trains in this workdir: {str(tmp_path)!r}; tried again in 0') == 2
+    assert cli.run(lambda: checks.alone(tmp_path).__enter__()) == 1   # another attempt may find it free
+    said = f'error: another process trains in this workdir: {tmp_path}; when that has ended, start the same command again\n'
+    assert capsys.readouterr().err.endswith(said)
     with checks.alone(epath.Path('gs://bucket/run')):   # no locks there
       pass
   with checks.alone(tmp_path):   # once the first has ended
     pass
 
   program = f'''
+import pathlib
 from lightclip_jax.training import checks
-with checks.alone({str(tmp_path)!r}):
+with checks.alone(pathlib.Path({str(tmp_path)!r})):
   print(flush=True)
   input()'''
   with subprocess.Popen([sys.executable, '-c', program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
-    other.stdout.readline()
-    with pytest.raises(UserError, match='another process'), checks.alone(tmp_path):
+    assert other.stdout.readline() == b'\n'
+    with pytest.raises(BlockingIOError), checks.alone(tmp_path):
       raise AssertionError
     other.kill()   # gives it back
     other.wait()
     with checks.alone(tmp_path):
       pass
+
+
+def test_a_workdir_is_held_before_its_checkpoints_are_listed_and_until_all_is_closed(tmp_path, monkeypatch):
+  monkeypatch.setattr(storage, 'WAITS', ())
+  monkeypatch.setattr(mobilenet_v2, 'STAGES', SHALLOW)
+
+  class Checkpointer:
+    def __init__(self, workdir, options):
+      with pytest.raises(BlockingIOError), checks.alone(workdir):
+        raise AssertionError
+
+    def close(self):
+      Checkpointer(tmp_path, None)
+
+  monkeypatch.setattr(checkpoint, 'Checkpointer', Checkpointer)
+  run = loop.Run(config_lib.replace(TINY, mesh=dict(data=8)), tmp_path, preemption.Preemption())
+  run.close()
+  with checks.alone(tmp_path):
+    pass
 
 
 def test_a_disk_without_locks_is_not_refused(tmp_path, monkeypatch):

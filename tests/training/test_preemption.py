@@ -1,5 +1,6 @@
 """What asks a run to save and stop, in a process of its own that does nothing else."""
 import contextlib
+import errno
 import os
 import pathlib
 import signal
@@ -25,7 +26,7 @@ with preemption.Preemption() as stop:
 
 @contextlib.contextmanager
 def running(program=PROGRAM, stdout=subprocess.PIPE, **options):
-  with subprocess.Popen([sys.executable, '-u', '-c', program], stdout=stdout, stderr=subprocess.PIPE, text=True,
+  with subprocess.Popen([sys.executable, '-c', program], stdout=stdout, stderr=subprocess.PIPE, text=True,
                         cwd=pathlib.Path(__file__).parents[2], **options) as child:
     try:
       yield child
@@ -57,8 +58,8 @@ def test_a_terminal_that_is_gone_asks_for_a_stop():
 
 @pytest.mark.parametrize('signals, code', [
     ((signal.SIGHUP, signal.SIGHUP), preemption.EXIT_PREEMPTED), ((signal.SIGHUP, signal.SIGTERM), preemption.EXIT_PREEMPTED),
-    ((signal.SIGINT, signal.SIGHUP), preemption.EXIT_PREEMPTED), ((signal.SIGTERM, signal.SIGTERM), 128 + signal.SIGTERM)])
-def test_a_second_signal_ends_at_once_but_for_that_of_terminals(signals, code):
+    ((signal.SIGINT, signal.SIGTERM), preemption.EXIT_PREEMPTED), ((signal.SIGTERM, signal.SIGTERM), 128 + signal.SIGTERM)])
+def test_the_same_signal_again_ends_at_once_but_for_that_of_terminals(signals, code):
   with running() as child:
     assert child.stdout.readline() == 'step 0\n'
     for number in signals:
@@ -81,6 +82,25 @@ def test_other_errors_of_a_stream_are_not_hidden():
   with open('/dev/full', 'w') as full, running(stdout=full) as child:
     code, errors = end(child)
     assert code == 1 and 'No space left on device' in errors
+
+
+def test_a_file_that_fails_is_no_terminal(tmp_path):
+  class Failing:
+    def write(self, text):
+      raise OSError(errno.EIO, 'a bad block')
+
+    def fileno(self):
+      return file.fileno()
+
+  with open(tmp_path / 'log', 'w') as file, pytest.raises(OSError, match='a bad block'):
+    preemption._Output(Failing(), lambda: pytest.fail('nobody has gone')).write('step 1')
+
+
+def test_a_stream_that_is_closed_at_the_start_stays_closed(monkeypatch):
+  monkeypatch.setattr(sys, 'stdout', None)
+  with preemption.Preemption():
+    print('nowhere', flush=True)
+    assert sys.stdout is None
 
 
 def test_the_streams_come_back():
