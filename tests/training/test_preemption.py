@@ -12,7 +12,8 @@ import pytest
 from lightclip_jax.training import preemption
 
 PROGRAM = '''
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGHUP, signal.SIG_{HUP})   # the tests themselves may run under nohup
 from lightclip_jax.training import preemption
 with preemption.Preemption() as stop:
   for step in range(2000):
@@ -25,8 +26,8 @@ with preemption.Preemption() as stop:
 
 
 @contextlib.contextmanager
-def running(program=PROGRAM, stdout=subprocess.PIPE, **options):
-  with subprocess.Popen([sys.executable, '-c', program], stdout=stdout, stderr=subprocess.PIPE, text=True,
+def running(hangup='DFL', stdout=subprocess.PIPE, **options):
+  with subprocess.Popen([sys.executable, '-c', PROGRAM.replace('{HUP}', hangup)], stdout=stdout, stderr=subprocess.PIPE, text=True,
                         cwd=pathlib.Path(__file__).parents[2], **options) as child:
     try:
       yield child
@@ -69,8 +70,7 @@ def test_the_same_signal_again_ends_at_once_but_for_that_of_terminals(signals, c
 
 
 def test_nohup_keeps_a_run_going():
-  program = 'import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)' + PROGRAM
-  with running(program) as child:
+  with running(hangup='IGN') as child:
     assert child.stdout.readline() == 'step 0\n'
     child.send_signal(signal.SIGHUP)
     assert [child.stdout.readline() for _ in range(40)][-1] == 'step 40\n'
