@@ -33,8 +33,7 @@ def run(main: Callable[[], int | None], debug: bool = False) -> int:
       raise
     opened = 'the standard output, or a connection' if isinstance(error, BrokenPipeError) else 'a file that is open'
     where = named.filename or opened
-    first = ('make room, and' if named.errno in _LASTING else
-             'when that has ended,' if isinstance(error, BlockingIOError) else 'when it answers again,')
+    first = 'make room, and' if named.errno in _LASTING else 'when it answers again,'
     print(f'error: {named.strerror or named}: {where}; {first} start the same command again', file=sys.stderr)
     return 1
   except KeyboardInterrupt:

@@ -237,7 +237,7 @@ def alone(workdir: storage.Path) -> Iterator[None]:
   protected; the system gives a lock back when its process dies, however it does.
 
   Raises:
-    BlockingIOError: where the other one goes on.
+    UserError: where the other one goes on.
   """
   if jax.process_index() > 0 or storage.in_bucket(workdir):   # process 0 holds it for all
     yield
@@ -245,7 +245,10 @@ def alone(workdir: storage.Path) -> Iterator[None]:
   workdir.mkdir(parents=True, exist_ok=True)
   descriptor = os.open(workdir, os.O_RDONLY | os.O_DIRECTORY)
   try:
-    storage.patiently(lambda: _lock(descriptor, workdir))
+    try:
+      storage.patiently(lambda: _lock(descriptor, workdir))
+    except BlockingIOError as error:
+      raise UserError(f'another process trains in {str(workdir)!r}; wait for it, stop it, or use another --workdir') from error
     yield
   finally:
     os.close(descriptor)

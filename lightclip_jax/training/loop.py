@@ -32,8 +32,8 @@ def train(config: config_lib.Config, workdir: storage.Path) -> int:
     The exit code: 0 when complete (evaluated, with a report), `preemption.EXIT_PREEMPTED` when stopped and saved.
 
   Raises:
-    UserError: if config, data, devices and workdir do not fit together; nothing has been written then.
-    BlockingIOError: if another process trains in this workdir; nothing has been written then.
+    UserError: if config, data, devices and workdir do not fit together, or another process trains there; nothing has been
+      written then.
   """
   lost = distributed.ending_with_the_others   # before there is a run, and within `closing`, which would wait for them
   with preemption.Preemption() as stop, lost(), contextlib.closing(Run(config, workdir, stop)) as run:
@@ -79,7 +79,8 @@ class Run:
         batch_size=config.train.batch_size, seed=config.train.seed, process_index=share,
         process_count=shares, with_teacher=distils)
     self._claim = contextlib.ExitStack()
-    self._claim.enter_context(checks.alone(workdir))   # before anything is read there: another one may just be saving
+    with distributed.first_alone('workdir'):
+      self._claim.enter_context(checks.alone(workdir))   # before anything is read there: another one may just be saving
     checks.claim_workdir(workdir, config)   # last: the next attempt may have another config
     self._checkpointer = checkpoint_lib.Checkpointer(workdir, config.checkpoint)
     self.watchdog = health.Watchdog(workdir, config.train.watchdog_minutes, config.train.watchdog_exit)

@@ -26,9 +26,9 @@ with preemption.Preemption() as stop:
 
 
 @contextlib.contextmanager
-def running(hangup='DFL', stdout=subprocess.PIPE, **options):
-  with subprocess.Popen([sys.executable, '-c', PROGRAM.replace('{HUP}', hangup)], stdout=stdout, stderr=subprocess.PIPE, text=True,
-                        cwd=pathlib.Path(__file__).parents[2], **options) as child:
+def running(hangup='DFL', stdout=subprocess.PIPE):
+  with subprocess.Popen([sys.executable, '-c', PROGRAM.replace('{HUP}', hangup)], stdout=stdout, stderr=subprocess.PIPE,
+                        text=True, cwd=pathlib.Path(__file__).parents[2]) as child:
     try:
       yield child
     finally:
