@@ -207,7 +207,8 @@ def test_two_processes_do_not_train_in_one_workdir(tmp_path, monkeypatch, capsys
       raise AssertionError
     assert capsys.readouterr().err.count(f'another process trains in this workdir: {str(tmp_path)!r}; tried again in 0') == 2
     assert cli.run(lambda: checks.alone(tmp_path).__enter__()) == 2
-    assert f'\nerror: another process trains in {str(tmp_path)!r}; wait for it, stop it, or use another --' in capsys.readouterr().err
+    said = f'\nerror: another process trains in {str(tmp_path)!r}; wait for it, stop it, or use another --workdir\n'
+    assert capsys.readouterr().err.endswith(said)
     with checks.alone(epath.Path('gs://bucket/run')):   # no locks there
       pass
   with checks.alone(tmp_path):   # once the first has ended
