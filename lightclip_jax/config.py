@@ -82,7 +82,7 @@ class Model:
   image: ImageTower = ImageTower()
   text: TextTower = TextTower()
   fusion: Fusion = Fusion()
-  batch_norm: str = 'group:64'  # over which examples statistics run: 'group:N', 'global' or 'local'
+  batch_norm: str = 'group:64'  # over which examples statistics run: 'group:N', 'global', or 'local', a device's own
   batch_norm_momentum: float = 0.99
   compute_dtype: Literal['float32', 'bfloat16'] = 'float32'
   logit_scale_init: float = 1 / 0.07

@@ -94,7 +94,6 @@ class Checkpointer:
       wait: return when it is on disk, with `storage.patiently`.
 
     Raises:
-      UserError: if the metric that decides which is best is not among them.
       OSError: naming the folder: ENOSPC, if the disk is full, now or when the save before was written; with `wait`, and of
         several processes, any other too.
     """
@@ -129,28 +128,33 @@ class Checkpointer:
     best = self._config.best
     if not best or metrics is None:
       return None
-    if best not in metrics:
-      raise UserError(f'checkpoint.best is {best!r}, which no evaluation measures; there are: {", ".join(metrics)}')
+    if best not in metrics:   # no reason to lose the step: the name can still be mended
+      distributed.say(f'checkpoint.best is {best!r}, which no evaluation measures, so no checkpoint is kept as the best; '
+                      f'there are: {", ".join(metrics)}')
+      return None
     return {best: metrics[best], SCORE: metrics[best] * (1 if self._config.best_mode == 'max' else -1)}
 
   def restore(self, like: TrainState) -> tuple[TrainState, RunState] | None:
     """The newest checkpoint that is whole, in the shapes and shardings of `like`; None in a workdir that never had one.
 
-    Newer ones that are damaged are named on stderr and kept in `workdir/damaged`.
+    Newer ones that are damaged are named on stderr and kept in `workdir/damaged`. Where none is whole, none is moved: it may be
+    the program that changed, or the storage.
 
     Raises:
       UserError: if the workdir had checkpoints, and none that is left is whole.
     """
-    before, said = self._history(), ''
+    before, damaged = self._history(), {}
     for step in sorted(self._manager.all_steps(), reverse=True):
       found, said = self._restore(step, like)
       if found:
-        if before > step and not said:
+        self._keep_aside(damaged)
+        if before > step and not damaged:
           distributed.say(f'checkpoint {before} was saved, but the newest that is there is {step}')
         return found
-      self._keep_aside(step, said)
-    if not before and not said:
+      damaged[step] = said
+    if not before and not damaged:
       return None
+    said = ', '.join(f'{step}: {why}' for step, why in damaged.items())
     raise UserError(f'{str(self._workdir)!r} holds a run that was saved at step {before}, but no checkpoint of it that is '
                     f'whole ({said or "there is none"}); bring one back into {str(self._manager.directory)!r}, or use '
                     'another --workdir')
@@ -167,6 +171,8 @@ class Checkpointer:
     except jax.errors.JaxRuntimeError:   # a device or another process is lost, which says nothing of the checkpoint
       raise
     except Exception as error:  # noqa: BLE001 (damage makes its readers raise anything)
+      if isinstance(error, OSError) and (storage.passes(error) or error.errno in (errno.EACCES, errno.EPERM)):
+        raise   # storage does not answer, which says nothing of the checkpoint either
       said = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
     return (None, said or 'another process cannot read it') if any(distributed.agree(0, found is None)) else (found, '')
 
@@ -174,14 +180,15 @@ class Checkpointer:
     with self._failures_by_name():
       return self._manager.restore(step, args=args)
 
-  def _keep_aside(self, step: int, said: str) -> None:
-    place = self._workdir / 'damaged' / f'{step}-{time.time_ns()}'
-    with distributed.first_alone(f'damaged {step}'):
-      if jax.process_index() == 0:
-        print(f'checkpoint {step} in {str(self._manager.directory)!r} is damaged ({said}); it is kept as {str(place)!r}, '
-              'and the one before is used', file=sys.stderr, flush=True)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        (self._workdir / 'checkpoints' / str(step)).rename(place)
+  def _keep_aside(self, damaged: Mapping[int, str]) -> None:
+    for step, said in damaged.items():
+      place = self._workdir / 'damaged' / f'{step}-{time.time_ns()}'
+      with distributed.first_alone(f'damaged {step}'):
+        if jax.process_index() == 0:
+          print(f'checkpoint {step} in {str(self._manager.directory)!r} is damaged ({said}); it is kept as {str(place)!r}, '
+                'and the one before is used', file=sys.stderr, flush=True)
+          place.parent.mkdir(parents=True, exist_ok=True)
+          (self._workdir / 'checkpoints' / str(step)).rename(place)
     self._manager.reload()
 
   def _note_history(self) -> None:
@@ -237,7 +244,10 @@ def _code_of(error: OSError | ValueError) -> int | None:
   if found := re.search(r"os_error_code='(\d+)'", text):
     return int(found[1])
   statuses = {'RESOURCE_EXHAUSTED': errno.ENOSPC, 'UNAVAILABLE': errno.ETIMEDOUT, 'DEADLINE_EXCEEDED': errno.ETIMEDOUT}
-  return next((code for status, code in statuses.items() if text.startswith(status) and 'writing' in text), None)
+  code = next((code for status, code in statuses.items() if text.startswith(status)), None)
+  if 'reading' in text:
+    return code and errno.ETIMEDOUT
+  return code if 'writing' in text else None
 
 
 def _options(config: config_lib.Checkpoint, saved: Callable[[], None]) -> ocp.CheckpointManagerOptions:

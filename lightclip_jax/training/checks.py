@@ -6,6 +6,8 @@ import fcntl
 import json
 import operator
 import os
+import secrets
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,6 +24,7 @@ FREE = ('train.log_every', 'train.accumulate', 'train.text_lengths', 'train.max_
         'train.watchdog_minutes', 'train.watchdog_exit', 'checkpoint', 'evaluation', 'mesh', 'data.workers', 'data.prefetch',
         'data.dataset', 'data.tokenizer', 'data.image_root', 'data.max_faults', 'name')
 SCORED = ('checkpoint.best', 'checkpoint.best_mode')   # these may not, once there are scores: two kinds do not compare
+PLACED = ('mesh', 'train.accumulate')   # nor these where batch normalisation's statistics are a device's own
 
 
 def check_batch(config: config_lib.Config, shards: int) -> None:
@@ -36,6 +39,9 @@ def check_batch(config: config_lib.Config, shards: int) -> None:
   if batch < 1 or batch % parts:
     raise UserError(f'train.batch_size is {batch}; it must be a multiple of {parts} '
                     f'({shards} devices × accumulate {accumulate})')
+  if accumulate > 1 and config.model.batch_norm == 'global' and config.model.image.name in image_towers.BATCH_NORM:
+    raise UserError(f"train.accumulate is {accumulate} and model.batch_norm 'global', whose statistics need the whole batch at "
+                    "once; 'group:N' has the same ones for any number of micro-batches")
   size = _group(config.model.batch_norm)
   groups = {'model.batch_norm': size} if config.model.image.name in image_towers.BATCH_NORM else {}
   if not config.objective.token_matching.weight.is_zero:
@@ -142,7 +148,7 @@ def check_model(model: config_lib.Model) -> None:
   Raises:
     UserError: naming the first that is not.
   """
-  _at_least(model, 1, 'embed_dim', 'token_dim', 'text.width', 'text.heads', 'text.depth', 'text.vocab_size', 'fusion.heads',
+  _at_least(model, 1, 'image.size', 'embed_dim', 'token_dim', 'text.width', 'text.heads', 'text.depth', 'text.vocab_size', 'fusion.heads',
             prefix='model.')
   _at_least(model, 2, 'text.context', prefix='model.')
   if not model.logit_scale_init > 0:
@@ -199,6 +205,28 @@ def check_same_everywhere(config: config_lib.Config) -> None:
       raise UserError(f'processes have different configs ({shown}); start the same command on every host')
 
 
+def check_shared(workdir: storage.Path) -> None:
+  """All processes have one workdir, which they must call with: else each would save its own half, and none could be read.
+
+  Raises:
+    UserError: in each of them, if they have not.
+  """
+  if jax.process_count() == 1:
+    return
+  proof = workdir / f'shared-{distributed.texts_of_all(secrets.token_hex(8))[0]}'
+  with distributed.first_alone('shared workdir'):
+    if jax.process_index() == 0:
+      proof.touch()
+  found = any(proof.exists() or time.sleep(seconds) for seconds in (0.0, *storage.WAITS))   # the disks of others may be late
+  apart = distributed.texts_of_all('' if found else str(workdir))
+  if jax.process_index() == 0:
+    proof.unlink()
+  for number, other in enumerate(apart):
+    if other:
+      raise UserError(f'process {number} does not find in its workdir {other!r} what process 0 writes there; all need the same '
+                      'folder, on a disk that they share or in a bucket')
+
+
 def claim_workdir(workdir: storage.Path, config: config_lib.Config) -> None:
   """Writes `config.json` into a new workdir (one process does), or checks that an old one holds the same run.
 
@@ -222,8 +250,9 @@ def is_claimed(workdir: storage.Path, config: config_lib.Config) -> bool:
   except ValueError as error:
     raise UserError(f'{str(path)!r} is not JSON ({error}); use another --workdir') from error
   now = _flat(json.loads(json.dumps(dataclasses.asdict(config))))
-  fixed = SCORED if before['checkpoint.best'] else ()
-  names = [name for name in before.keys() | now.keys() if name in fixed or not _is_free(name)]
+  fixed = SCORED if any((workdir / 'checkpoints').glob('*/metrics')) else ()   # Orbax's name for what was scored
+  fixed += PLACED if before['model.batch_norm'] == 'local' else ()
+  names = [name for name in before.keys() | now.keys() if _is_of(name, fixed) or not _is_of(name, FREE)]
   if shown := _differing(*({name: values.get(name) for name in names} for values in (before, now)), 'there', 'here'):
     raise UserError(f'{str(workdir)!r} holds a run with another config ({shown}); use another --workdir')
   return True
@@ -269,8 +298,8 @@ def _differing(one: dict[str, Any], other: dict[str, Any], where: str, elsewhere
   return ', '.join(f'{name} {one.get(name)!r} {where}, {other.get(name)!r} {elsewhere}' for name in names[:3])
 
 
-def _is_free(name: str) -> bool:
-  return any(name == free or name.startswith(free + '.') for free in FREE)
+def _is_of(name: str, options: tuple[str, ...]) -> bool:
+  return any(name == option or name.startswith(option + '.') for option in options)
 
 
 def _flat(values: dict[str, Any], prefix: str = '') -> dict[str, Any]:

@@ -7,7 +7,7 @@ from lightclip_jax import sharding
 from lightclip_jax.errors import UserError
 from lightclip_jax.evaluation import embed
 from lightclip_jax.inference import checkpoint as inference
-from lightclip_jax.training import checkpoint, evaluator
+from lightclip_jax.training import checkpoint, checks, evaluator
 from lightclip_jax.training.state import TrainState
 
 NAME = 'eval/x/top1'
@@ -67,11 +67,21 @@ def test_a_run_says_at_its_start_what_its_processes_cannot_share(monkeypatch):
   monkeypatch.setattr(embed, 'process_share', lambda place: (0, 2))
   config = config_lib.replace(config_lib.Config(), evaluation=dict(batch_size=63))
   with pytest.raises(UserError, match='batch size is 63.*2 processes'):
-    evaluator.Evaluator(config, None, None, sharding.make_mesh(config.mesh), None)
+    evaluator.Evaluator(config, None, None, sharding.make_mesh(config.mesh), None, lambda: None)
 
 
-def test_a_metric_that_is_not_measured_is_named(tmp_path):
-  keeper = checkpoint.Checkpointer(tmp_path, config_lib.Checkpoint(best='eval/x/tpo1'))
-  with pytest.raises(UserError, match="'eval/x/tpo1', which no evaluation measures; there are: eval/x/top1"):
-    keeper.save(1, state_of(1), run_of(1), {NAME: 0.1})
+def test_a_metric_that_is_not_measured_is_named_and_costs_neither_the_step_nor_the_workdir(tmp_path, capsys):
+  config = lambda name: config_lib.replace(config_lib.Config(), checkpoint=dict(best=name))  # noqa: E731
+  checks.claim_workdir(tmp_path, config('eval/x/tpo1'))
+  keeper = checkpoint.Checkpointer(tmp_path, config('eval/x/tpo1').checkpoint)
+  keeper.save(1, state_of(1), run_of(1), {NAME: 0.1})
   keeper.close()
+  said = capsys.readouterr().out
+  assert "'eval/x/tpo1', which no evaluation measures" in said and 'there are: eval/x/top1' in said
+  checks.claim_workdir(tmp_path, config(NAME))   # nothing has a score yet
+  keeper = checkpoint.Checkpointer(tmp_path, config(NAME).checkpoint)
+  assert int(keeper.restore(state_of(0))[0].step) == 1
+  keeper.save(2, state_of(2), run_of(2), {NAME: 0.1})
+  keeper.close()
+  with pytest.raises(UserError, match="checkpoint.best 'eval/x/top1' there, 'eval/x/other' here"):
+    checks.claim_workdir(tmp_path, config('eval/x/other'))

@@ -1,4 +1,6 @@
 """Whatever is done to the newest checkpoint, it is noticed, kept aside, and the one before is used."""
+import dataclasses
+import errno
 import gc
 import json
 import pathlib
@@ -7,9 +9,11 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from lightclip_jax import config as config_lib
+from lightclip_jax import storage
 from lightclip_jax.errors import UserError
 from lightclip_jax.training import checkpoint, checksum
 from lightclip_jax.training.state import TrainState
@@ -158,6 +162,24 @@ def test_a_run_with_history_is_not_started_anew(saved, tmp_path, destroy):
     with pytest.raises(UserError, match='saved at step 2.*no checkpoint of it that is whole.*another --workdir'):
       restore(folder)
   assert pathlib.Path(folder / checkpoint.HISTORY).exists()
+
+
+def test_what_says_nothing_of_the_checkpoints_moves_none(saved, tmp_path, monkeypatch):
+  """A network that is down, or a program whose state has other arrays: each made all of them 'damaged'."""
+  folder = tmp_path / 'run'
+  shutil.copytree(saved, folder)
+  monkeypatch.setattr(storage, 'WAITS', (0.01,))
+  unavailable = ValueError('UNAVAILABLE: Error reading "gs://bucket/x"')
+  for error in (OSError(errno.ETIMEDOUT, 'timed out'), PermissionError(errno.EACCES, 'denied'), unavailable):
+    with monkeypatch.context() as patch, pytest.raises(OSError, match='run'):
+      patch.setattr(ocp.CheckpointManager, 'restore', lambda *_, error=error, **__: (_ for _ in ()).throw(error))
+      restore(folder)
+  keeper = checkpoint.Checkpointer(folder, config_lib.Checkpoint())
+  other = dataclasses.replace(state_of(0), params={'another': jnp.zeros(3)})
+  with pytest.raises(UserError, match='no checkpoint of it that is whole .2: .*, 1: '):
+    keeper.restore(other)
+  keeper.close()
+  assert int(restore(folder)[0].step) == 2 and not (folder / 'damaged').exists()
 
 
 def test_a_new_workdir_has_nothing_to_restore(tmp_path):

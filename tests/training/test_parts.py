@@ -97,6 +97,7 @@ def test_the_console_shows_what_the_objective_measures(measured, words):
     (dict(model=dict(batch_norm='group:32')), 8, ['model.batch_norm', '32', '16']),
     (dict(train=dict(accumulate=2)), 8, ['model.batch_norm', '16', '8', 'accumulate 2']),
     (dict(model=dict(batch_norm='batch')), 1, ["'batch'", 'group:N']),
+    (dict(model=dict(batch_norm='global'), train=dict(accumulate=2)), 1, ['accumulate is 2', "'global'", 'group:N']),
     (dict(objective=dict(token_matching=dict(group_size=3))), 1, ['group_size', '3', '128']),
 ])
 def test_batches_that_do_not_divide(changes, shards, parts):
@@ -117,6 +118,7 @@ def test_groups_must_divide_the_batch_of_towers_that_have_any(name):
 
 @pytest.mark.parametrize('changes, words', [
   (dict(text=dict(heads=0)), 'model.text.heads is 0; it must be at least 1'),
+  (dict(image=dict(size=-32)), 'model.image.size is -32; it must be at least 1'),
   (dict(logit_scale_init=0.0), 'model.logit_scale_init is 0.0; it must be above 0'),
   (dict(fusion=dict(stages=((3, 1), (3, 1)))), 'each pair can be there once'),
   (dict(batch_norm='group:²'), "'group:²'"),
@@ -311,10 +313,19 @@ def test_what_is_best_stays_what_it_was(tmp_path):
   claim(best_mode='min')
   claim(best='eval/a/b')   # there are no scores yet
   claim(best='eval/a/b', keep=7)
+  (tmp_path / 'checkpoints' / '7' / 'metrics').mkdir(parents=True)   # a checkpoint that has one
   for options, said in (dict(best='eval/a/c'), "checkpoint.best 'eval/a/b' there, 'eval/a/c' here"), (
       dict(best='eval/a/b', best_mode='min'), "best_mode 'max' there, 'min' here"):
     with pytest.raises(UserError, match=said):
       claim(**options)
+
+
+def test_a_devices_own_statistics_keep_their_devices(tmp_path):
+  local = config_lib.replace(TINY, model=dict(batch_norm='local'))
+  for name, config, changed in (('group', TINY, None), ('local', local, 'mesh.fsdp 1 there, 2 here')):
+    checks.claim_workdir(tmp_path / name, config)
+    with pytest.raises(UserError, match=changed) if changed else contextlib.nullcontext():
+      checks.claim_workdir(tmp_path / name, config_lib.replace(config, mesh=dict(fsdp=2)))
 
 
 def test_free_options_exist():
