@@ -31,7 +31,7 @@ class Embedder:
   """
 
   def __init__(self, model: nn.Module, config: Model, variables: Mapping[str, Any], tokenizer: Any, *,
-               sharding: NamedSharding | None = None, batch_size: int = 256):
+               sharding: NamedSharding | None = None, batch_size: int = 256, moved: Callable[[], None] = lambda: None):
     """
     Args:
       model: has the methods `encode_image(uint8 [b, S, S, 3])` and `encode_text(int32 [b, W])`, both -> [b, D], and
@@ -41,6 +41,7 @@ class Embedder:
       tokenizer: has `encode(texts, context) -> int32 [N, W]`.
       sharding: of a batch's first axis; None: over all devices, with replicated variables.
       batch_size: rows at a time in all processes together; a process's share is padded to a multiple of its devices.
+      moved: called at each batch, for who watches whether it goes on.
 
     Raises:
       UserError: for a batch size that is not a positive multiple of the number of processes.
@@ -52,7 +53,7 @@ class Embedder:
     self.model, self.variables, self.tokenizer = model, variables, tokenizer
     self.image_size, self.context = config.image.size, config.text.context
     self.sharding, self.batch_size, (self.share, self.shares) = sharding, batch_size, share_of(sharding, batch_size)
-    self._replicated = NamedSharding(sharding.mesh, PartitionSpec())
+    self._replicated, self._moved = NamedSharding(sharding.mesh, PartitionSpec()), moved
 
   def images(self, batches: Iterable[Mapping[str, np.ndarray]]) -> np.ndarray:
     """float32 [N, D] in index order, from dicts of `image` uint8 [b, S, S, 3] and `index` int [b] (-1: padding).
@@ -99,6 +100,7 @@ class Embedder:
     return jax.tree.map(lambda rows: np.asarray(rows[kept][order], np.float32), results)
 
   def _dispatch(self, method: str, rows: Rows) -> tuple[Any, jax.Array]:
+    self._moved()
     inputs, index = tuple(self._to_devices(x, 0) for x in rows[0]), self._to_devices(rows[1], -1)
     run = _compiled(self.model, method, self._replicated)
     return run(self.variables, *inputs), _replicate(self._replicated)(index)

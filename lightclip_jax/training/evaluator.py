@@ -1,4 +1,5 @@
 """Evaluation inside a run: during training as log values, at the end as a table, a JSON file and the report."""
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -32,9 +33,10 @@ class Evaluator:
   """Evaluates the variables of a run on the splits of its config."""
 
   def __init__(self, config: config_lib.Config, folder: storage.Path, tokenizer: Tokenizer, mesh: jax.sharding.Mesh,
-               workdir: storage.Path) -> None:
+               workdir: storage.Path, moved: Callable[[], None]) -> None:
+    """`moved` is called at each batch."""
     self._config, self._folder, self._tokenizer = config, folder, tokenizer
-    self._mesh, self._workdir = mesh, workdir
+    self._mesh, self._workdir, self._moved = mesh, workdir, moved
     self._model, self._final = LightCLIP(config.model), None
     self._tasks = tasks_of(config)
     share_of(sharding.batch_sharding(mesh), config.evaluation.batch_size)   # said now, not after a thousand steps
@@ -64,7 +66,8 @@ class Evaluator:
 
   def _session(self, variables: dict[str, Any]) -> Session:
     return Session(Embedder(self._model, self._config.model, variables, self._tokenizer,
-                            sharding=sharding.batch_sharding(self._mesh), batch_size=self._config.evaluation.batch_size),
+                            sharding=sharding.batch_sharding(self._mesh), batch_size=self._config.evaluation.batch_size,
+                            moved=self._moved),
                    self._folder, token_matching=self._config.objective.token_matching)
 
   def _measure(self, session: Session) -> list[metrics.Metric]:

@@ -21,6 +21,7 @@ EXIT_STUCK = 74          # EX_IOERR: no step for too long; start me again
 _SHOWN = 5               # skipped steps that are told, before only each tenth, hundredth... is
 _SPIKE = 6.0             # standard deviations above the mean at which a loss is told
 _MEMORY = 0.98           # of that mean and deviation, a step
+_WRITING = 10.0          # seconds for the stacks, before the watchdog ends a process
 _SETTLED = 100           # steps before which no spike is told
 
 
@@ -151,8 +152,11 @@ class Watchdog:
       self._told, place = True, self._workdir / f'stacks-{jax.process_index()}.txt'
       _tell(f'process {jax.process_index()}: no step for {silent:.0f} s, waiting for {self._waits_for}; the stacks of all '
             f'threads are in {str(place)!r}')
-      _write_stacks(place)
+      # Aside: the disk may be what does not answer, and a write to it would not end either.
+      writing = threading.Thread(target=_write_stacks, args=(place,), daemon=True)
+      writing.start()
       if self._end:
+        writing.join(_WRITING)
         os._exit(EXIT_STUCK)
 
 
@@ -160,8 +164,11 @@ def _write_stacks(place: storage.Path) -> None:
   if storage.in_bucket(place):
     faulthandler.dump_traceback(sys.stderr, all_threads=True)   # it writes to real files only
     return
-  with open(place, 'w') as file:
-    faulthandler.dump_traceback(file, all_threads=True)
+  try:
+    with open(place, 'w') as file:
+      faulthandler.dump_traceback(file, all_threads=True)
+  except OSError as error:
+    _tell(f'process {jax.process_index()}: {error}; the stacks are not written')
 
 
 def _tell(text: str) -> None:

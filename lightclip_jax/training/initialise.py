@@ -1,9 +1,11 @@
 """What a fresh run starts from, where that is not chance: towers of others, or parts of an earlier run."""
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from lightclip_jax import config as config_lib
 from lightclip_jax import storage
@@ -18,14 +20,20 @@ def initialise(config: config_lib.Config, state: TrainState) -> tuple[TrainState
   Raises:
     UserError: for a file that cannot be read or does not fit the towers.
   """
+  if not any((config.init.checkpoint, config.init.image, config.init.text)):
+    return state, []
   old = {'params': state.params, 'batch_stats': state.batch_stats}
-  variables, lines = _apply(config, old)
-  if not lines:
-    return state, lines
-  placed = jax.tree.map(lambda new, leaf: new if new is leaf else jax.device_put(np.asarray(new), leaf.sharding),
-                        variables, old)
+  whole = jax.tree.map(_whole, old)
+  variables, lines = _apply(config, whole)
+  placed = jax.tree.map(lambda new, was, leaf: leaf if new is was else jax.device_put(np.asarray(new), leaf.sharding),
+                        variables, whole, old)
   ema = None if state.ema is None else jax.tree.map(jnp.copy, placed['params'])
   return dataclasses.replace(state, **placed, ema=ema), lines
+
+
+def _whole(leaf: jax.Array) -> Any:
+  """The array, also where other processes hold a part of it."""
+  return leaf if leaf.is_fully_addressable else multihost_utils.process_allgather(leaf, tiled=True)
 
 
 def check(config: config_lib.Config, abstract: TrainState) -> None:

@@ -72,7 +72,8 @@ class Run:
       checks.check_teacher(config, teacher.Teacher(folder).dim)
     if not checks.is_claimed(workdir, config):   # a run that continues needs these files no more
       initialise.check(config, self._abstract)
-    self._evaluator = evaluator.Evaluator(config, folder, self._tokenizer, self._mesh, workdir)
+    self.watchdog = health.Watchdog(workdir, config.train.watchdog_minutes, config.train.watchdog_exit)
+    self._evaluator = evaluator.Evaluator(config, folder, self._tokenizer, self._mesh, workdir, self.watchdog.moved)
     share, shares = sharding.process_share(sharding.batch_sharding(self._mesh))
     self._batches = pipeline.train_batches(
         folder, config.data, image_size=config.model.image.size, context=config.model.text.context,
@@ -81,9 +82,9 @@ class Run:
     self._claim = contextlib.ExitStack()
     with distributed.first_alone('workdir'):
       self._claim.enter_context(checks.alone(workdir))   # before anything is read there: another one may just be saving
+    checks.check_shared(workdir)
     checks.claim_workdir(workdir, config)   # last: the next attempt may have another config
     self._checkpointer = checkpoint_lib.Checkpointer(workdir, config.checkpoint)
-    self.watchdog = health.Watchdog(workdir, config.train.watchdog_minutes, config.train.watchdog_exit)
     self._pending: tuple[dict[str, jax.Array], np.ndarray] | None = None   # metrics and example ids of the last step
     self._faults: dict[str, int] = {}   # of the batches up to the pending step
 
@@ -127,14 +128,16 @@ class Run:
       if late or self._checkpointer.due(self.step) or self._scored:
         self._save()
     if self.step == total and self.config.checkpoint.best:
-      self._scores = self._evaluator.evaluate(self.step, self.state.evaluation_variables)
+      with self.watchdog.waiting_for('evaluation'):
+        self._scores = self._evaluator.evaluate(self.step, self.state.evaluation_variables)
     self._save(wait=True)
     return self.step >= total
 
   def finish(self) -> None:
     """Final evaluation, table and report."""
     self._writer.flush()   # the report draws what is logged
-    self._writer.write(self.step, self._evaluator.finish(self.step, self.state.evaluation_variables))
+    with self.watchdog.waiting_for('evaluation'):
+      self._writer.write(self.step, self._evaluator.finish(self.step, self.state.evaluation_variables))
 
   def close(self) -> None:
     """Ends workers, flushes what is open, and leaves the workdir to others."""
@@ -171,7 +174,7 @@ class Run:
       self.state, report = initialise.initialise(self.config, self._trainer.init_state())
       compiling.result()
     for line in report:
-      print(line, flush=True)
+      distributed.say(line)
 
   def _one_step(self) -> None:
     start = time.perf_counter()

@@ -1,5 +1,6 @@
 """Bad numbers change nothing and are counted; a run that stands still says where."""
 import json
+import threading
 import time
 
 import jax
@@ -94,6 +95,18 @@ def test_a_standstill_is_told_with_its_cause(tmp_path, capfd):
   assert said.count('\n') == 1 and 'no step for' in said and 'waiting for data' in said and 'stacks-0.txt' in said
   stacks = (tmp_path / 'stacks-0.txt').read_text()
   assert 'test_a_standstill_is_told_with_its_cause' in stacks
+
+
+@pytest.mark.parametrize('blocks', [False, True])
+def test_a_standstill_ends_also_where_its_stacks_cannot_be_written(tmp_path, monkeypatch, capfd, blocks):
+  ended = threading.Event()
+  monkeypatch.setattr(health, '_WRITING', 0.1)
+  monkeypatch.setattr(health.os, '_exit', lambda code: code == health.EXIT_STUCK and ended.set())
+  if blocks:
+    monkeypatch.setattr(health, '_write_stacks', lambda place: ended.wait(10))
+  with health.Watchdog(tmp_path / 'gone', minutes=0.1 / 60, end=True):
+    assert ended.wait(5)
+  assert blocks or 'the stacks are not written' in capfd.readouterr().err
 
 
 def test_limits_are_those_of_the_config():
