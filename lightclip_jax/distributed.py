@@ -22,6 +22,7 @@ HEARTBEAT_SECONDS = 20  # after which a silent process counts as dead
 _PLAIN = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
 _PORT = 12_321
 _STATUS = re.compile(r'(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): ')
+_MEMORY = 'RESOURCE_EXHAUSTED: '   # the runtime's status where a device's memory is full
 _LEAVE_SECONDS = 10   # for which a process that has found a mistake waits for the others to end with it
 
 
@@ -179,10 +180,16 @@ def ending_with_the_others() -> Iterator[None]:
   """Ends this process at once where the body fails because another one is gone.
 
   What would be closed on the way out waits for the one that is gone, which is why nothing is.
+
+  Raises:
+    UserError: where it fails because a device has too little memory.
   """
   try:
     yield
   except (jax.errors.JaxRuntimeError, ValueError) as error:
+    if str(error).startswith(_MEMORY):   # each start would end there again
+      raise UserError(f'the devices have too little memory ({str(error).splitlines()[0][:160]}); train.accumulate, mesh.fsdp or '
+                      'a smaller train.batch_size need less, and python -m lightclip_jax.plan says how much') from error
     # Where a call fails at once, and not when its result is read, JAX raises the runtime's status as a ValueError.
     if jax.process_count() == 1 or not (isinstance(error, jax.errors.JaxRuntimeError) or _STATUS.match(str(error))):
       raise

@@ -1,4 +1,5 @@
 """How processes find each other, what they do alone, and how they end when one of them is gone."""
+import contextlib
 import dataclasses
 import json
 import os
@@ -16,7 +17,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lightclip_jax import config as config_lib
-from lightclip_jax import distributed
+from lightclip_jax import distributed, storage
 from lightclip_jax.config import Config
 from lightclip_jax.errors import UserError
 from lightclip_jax.training import checks
@@ -158,6 +159,14 @@ def test_a_lost_process_is_one_line_whichever_way_jax_says_it(monkeypatch, capsy
     raise ValueError('its own')
 
 
+@pytest.mark.parametrize('count', [1, 2])
+def test_a_memory_that_is_full_is_no_lost_process(monkeypatch, count):
+  monkeypatch.setattr(jax, 'process_count', lambda: count)
+  with pytest.raises(UserError, match='too little memory .*1073741824 bytes.*train.accumulate'):
+    with distributed.ending_with_the_others():
+      raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1073741824 bytes.\nmore')
+
+
 def test_a_mistake_that_one_process_finds_keeps_its_code(monkeypatch):
   """JAX waits at the end for the others, which do not come, and aborts."""
   left = threading.Event()
@@ -187,6 +196,22 @@ def test_processes_with_different_configs_all_say_which_option(monkeypatch):
       checks.check_same_everywhere(config)
   texts[1] = texts[0]
   checks.check_same_everywhere(Config())
+
+
+@pytest.mark.parametrize('own, said', [('shared', ''), ('other', "process 1 does not find in its workdir '.*other'")])
+def test_processes_with_workdirs_of_their_own_are_told(monkeypatch, tmp_path, own, said):
+  """As process 1 sees it: each would save its own half of every checkpoint, and none could be restored."""
+  for name in ('shared', 'other'):
+    (tmp_path / name).mkdir()
+  (tmp_path / 'shared' / 'shared-token').touch()   # what process 0 has written
+  answers = iter([lambda text: ['token', text], lambda text: ['', text]])
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  monkeypatch.setattr(jax, 'process_index', lambda: 1)
+  monkeypatch.setattr(storage, 'WAITS', (0.01,))
+  monkeypatch.setattr(distributed, 'first_alone', contextlib.nullcontext)
+  monkeypatch.setattr(distributed, 'texts_of_all', lambda text: next(answers)(text))
+  with pytest.raises(UserError, match=said) if said else contextlib.nullcontext():
+    checks.check_shared(tmp_path / own)
 
 
 def work():
