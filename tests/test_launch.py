@@ -17,7 +17,7 @@ GKE = ['--name=clip', '--image=example.com/lightclip:1', '--accelerator=tpu-v5-l
 RECORD = '''#!/usr/bin/env bash
 { printf '%q ' "$(basename "$0")" "$@"; echo; } >> "$CALLS"
 case "$(basename "$0") $*" in
-  *"queued-resources describe"*) head -n 1 "$STATES"; [ "$(wc -l < "$STATES")" = 1 ] || sed -i 1d "$STATES" ;;
+  *"queued-resources describe"* | *"kubectl get pod"*) head -n 1 "$STATES"; [ "$(wc -l < "$STATES")" = 1 ] || sed -i 1d "$STATES" ;;
   *launch/setup.sh*) exit "$INSTALL" ;;
   *lightclip_jax.main*) code=$(head -n 1 "$CODES"); sed -i 1d "$CODES"; exit "${code:-0}" ;;
   *apply*) cat > "$YAML" ;;
@@ -229,7 +229,15 @@ def test_gke_applies_a_valid_job_set_and_follows_it(launch, tmp_path):
   assert pod['nodeSelector']['cloud.google.com/gke-spot'] == 'true' and pod['serviceAccountName'] == 'clip'
   assert pod['volumes'][0]['persistentVolumeClaim']['claimName'] == 'share'
   assert container['volumeMounts'][0]['mountPath'] == '/mnt/share'
-  assert [call[1] for call in calls] == ['apply', 'wait', 'logs']
+  assert [call[1] for call in calls] == ['apply', 'get', 'wait', 'logs']
+
+
+def test_gke_waits_until_there_is_a_pod_to_wait_for(launch):
+  done, calls = launch('gke/run.sh', *GKE, '--', *FLAGS, states=['', '', 'pod/clip-hosts-0-0-x'])
+  assert done.returncode == 0, done.stderr
+  assert [call[1] for call in calls] == ['apply', 'get', 'get', 'get', 'wait', 'logs']
+  done, calls = launch('gke/run.sh', *GKE, '--', *FLAGS, states=[''])
+  assert done.returncode == 1 and 'clip gets no pods' in done.stderr and calls[-1][1] == 'get', 'not for ever'
 
 
 def test_gke_dry_run_and_delete(launch):

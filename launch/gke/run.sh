@@ -33,7 +33,11 @@ fi
 yaml=$("$python" "$here/render.py" "${options[@]}" "$@")
 if $dry; then printf '%s\n' "$yaml"; fi
 run kubectl apply --filename=- <<<"$yaml"
-run kubectl wait --for=condition=Ready pod --namespace="$namespace" --timeout=24h \
-  --selector="jobset.sigs.k8s.io/jobset-name=$name,batch.kubernetes.io/job-completion-index=0"
-run kubectl logs --follow --namespace="$namespace" \
-  --selector="jobset.sigs.k8s.io/jobset-name=$name,batch.kubernetes.io/job-completion-index=0"
+first=(--namespace="$namespace" --selector="jobset.sigs.k8s.io/jobset-name=$name,batch.kubernetes.io/job-completion-index=0")
+left=30
+until run kubectl get pod "${first[@]}" --output=name | grep .; do   # `wait` fails at once where no pod is made yet
+  ((left--)) || { echo "error: $name gets no pods; see kubectl describe jobset $name --namespace=$namespace" >&2; exit 1; }
+  sleep "${POLL_SECONDS:-10}"
+done
+run kubectl wait --for=condition=Ready pod "${first[@]}" --timeout=24h
+run kubectl logs --follow "${first[@]}"
