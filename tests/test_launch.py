@@ -17,7 +17,8 @@ GKE = ['--name=clip', '--image=example.com/lightclip:1', '--accelerator=tpu-v5-l
 RECORD = '''#!/usr/bin/env bash
 { printf '%q ' "$(basename "$0")" "$@"; echo; } >> "$CALLS"
 case "$(basename "$0") $*" in
-  *"queued-resources describe"* | *"kubectl get pod"*) head -n 1 "$STATES"; [ "$(wc -l < "$STATES")" = 1 ] || sed -i 1d "$STATES" ;;
+  *"queued-resources describe"* | *"kubectl get pod"*)
+    head -n 1 "$STATES"; [ "$(wc -l < "$STATES")" = 1 ] || sed -i 1d "$STATES" ;;
   *launch/setup.sh*) exit "$INSTALL" ;;
   *lightclip_jax.main*) code=$(head -n 1 "$CODES"); sed -i 1d "$CODES"; exit "${code:-0}" ;;
   *apply*) cat > "$YAML" ;;
@@ -27,20 +28,20 @@ esac
 
 @pytest.fixture
 def launch(tmp_path):
-  """(script, arguments, states of the slice, exit codes of training and installation) -> (the process, recorded calls)."""
+  """(script, arguments, states of slice or pod, exit codes of training and installation, environment) -> (the process, recorded calls)."""
   programs = tmp_path / 'bin'
   programs.mkdir()
   for name in ('gcloud', 'kubectl', 'srun', 'scontrol'):
     (programs / name).write_text(RECORD)
     (programs / name).chmod(0o755)
 
-  def run(script, *arguments, states=('GONE',), codes=(0,), install=0):
+  def run(script, *arguments, states=('GONE',), codes=(0,), install=0, **more):
     files = {name: tmp_path / name for name in ('CALLS', 'STATES', 'CODES', 'YAML')}
     for name, lines in (('CALLS', ()), ('STATES', states), ('CODES', codes)):
       files[name].write_text(''.join(f'{line}\n' for line in lines))
     environment = {**os.environ, **{name: str(path) for name, path in files.items()}, 'POLL_SECONDS': '0',
                    'INSTALL': str(install), 'PYTHON': sys.executable, 'SLURM_JOB_ID': '17', 'TMPDIR': str(tmp_path),
-                   'PATH': f'{programs}{os.pathsep}{os.environ["PATH"]}'}
+                   'PATH': f'{programs}{os.pathsep}{os.environ["PATH"]}', **more}
     done = subprocess.run(['bash', str(LAUNCH / script), *arguments], env=environment, capture_output=True, text=True,
                           timeout=60)
     return done, [shlex.split(line) for line in files['CALLS'].read_text().splitlines()]
@@ -255,6 +256,15 @@ def test_slurm_goes_back_into_the_queue(launch):
     assert (calls[1:] == [['scontrol', 'requeue', '17']]) == requeued
   done, calls = launch('slurm.sbatch', '--dry-run', *FLAGS)
   assert shlex.split(done.stdout)[-len(FLAGS):] == FLAGS and not calls
+
+
+@pytest.mark.parametrize('restarts, allowed', [('99', {}), ('2', {'LIGHTCLIP_RESTARTS': '3'})])
+def test_slurm_does_not_go_back_for_ever(launch, restarts, allowed):
+  _, calls = launch('slurm.sbatch', *FLAGS, codes=(76,), SLURM_RESTART_COUNT=restarts, **allowed)
+  assert calls[1:] == [['scontrol', 'requeue', '17']]
+  last = str(int(restarts) + 1)
+  done, calls = launch('slurm.sbatch', *FLAGS, codes=(76,), SLURM_RESTART_COUNT=last, **allowed)
+  assert done.returncode == 76 and len(calls) == 1 and f'ended with 76 after {last} restarts' in done.stderr
 
 
 def test_local_processes_get_their_places(launch):
