@@ -1,6 +1,7 @@
 """The launch scripts with stand-ins for gcloud, kubectl, srun and scontrol, which record how they were called."""
 import os
 import pathlib
+import re
 import shlex
 import subprocess
 import sys
@@ -28,7 +29,7 @@ esac
 
 @pytest.fixture
 def launch(tmp_path):
-  """(script, arguments, states of slice or pod, exit codes of training and installation, environment) -> (the process, recorded calls)."""
+  """(script, arguments, states of slice or pod, codes of training and installation, environment) -> (process, calls)."""
   programs = tmp_path / 'bin'
   programs.mkdir()
   for name in ('gcloud', 'kubectl', 'srun', 'scontrol'):
@@ -64,6 +65,13 @@ def test_every_script_is_valid_and_explains_itself():
   for script in ('tpu_pod.sh', 'gke/run.sh'):
     done = subprocess.run(['bash', str(LAUNCH / script), '--help'], capture_output=True, text=True, check=True)
     assert '--config=configs/mbv2.py:yfcc15m' in done.stdout and '--dry-run' in done.stdout
+
+
+@pytest.mark.parametrize('place', ['launch/tpu_pod.sh', 'launch/gke/run.sh', 'launch/slurm.sbatch', 'docs/SCALE.md'])
+def test_examples_say_where_the_data_is(place):
+  lines = re.sub(r'\\\n#? *', '', (LAUNCH.parent / place).read_text()).splitlines()
+  examples = [line for line in lines if 'launch/' in line and re.search(r'configs/\S+:(cc3m|yfcc15m)', line)]
+  assert examples and all('--config.data.dataset=' in line for line in examples), examples
 
 
 def test_tpu_pod_dry_run_prints_every_command_and_calls_none(launch):

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Trains on a TPU slice of a GKE cluster with the JobSet controller; applies jobset.yaml.j2 and follows process 0's log.
 #   launch/gke/run.sh --name=clip --image=REGION-docker.pkg.dev/PROJECT/REPO/lightclip --accelerator=tpu-v5-lite-podslice \
-#     --topology=16x16 --claim=share -- --config=configs/mbv2.py:yfcc15m --workdir=/mnt/share/run
+#     --topology=16x16 --claim=share -- --config=configs/mbv2.py:yfcc15m --workdir=/mnt/share/run \
+#     --config.data.dataset=/mnt/share/yfcc15m
 # --chips=N            chips a host (default 4)         --namespace=NAME     (default: default)
 # --restarts=N         after failures (default 100)     --claim=NAME         a ReadWriteMany volume claim, at /mnt/share
 # --spot               on spot nodes                    --service-account=NAME
