@@ -111,6 +111,14 @@ def test_bytes_of_shapes(shape, size):
   assert hlo.shape_bytes(shape) == size
 
 
+@pytest.mark.parametrize('instruction', [
+    'f32[8]{0} reduce-scatter(%a)', '((f32[64]{0}), f32[8]{0}) reduce-scatter-start(f32[64]{0} %a)'])
+def test_of_a_reduce_scatter_all_that_it_takes_is_sent(instruction):
+  text = f'ENTRY %main (a: f32[64]) -> f32[8] {{\n  %a = f32[64]{{0}} parameter(0)\n  %rs = {instruction}, to_apply=%add\n}}\n'
+  (found,) = hlo.collectives(text)
+  assert (found.kind, found.bytes, found.shape) == ('reduce-scatter', 64 * 4, 'f32[64]')
+
+
 def test_a_real_program_is_read():
   mesh = sharding.make_mesh(config_lib.Mesh())
   place = NamedSharding(mesh, PartitionSpec('data'))
