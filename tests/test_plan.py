@@ -13,10 +13,12 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lightclip_jax import config as config_lib
+from lightclip_jax import plan as plan_command
 from lightclip_jax import sharding
 from lightclip_jax.errors import UserError
 from lightclip_jax.planning import hlo, measure, table
 from lightclip_jax.planning.chips import CHIPS, Topology
+from lightclip_jax.training.step import Trainer
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = ROOT / 'tests' / 'training' / 'tiny_config.py'
@@ -249,6 +251,18 @@ def test_a_program_that_cannot_be_printed_says_so(monkeypatch):
   trainer = type('Trainer', (), {'lower_step': lambda self: jax.jit(lambda x: x).lower(1.0)})()
   found = measure._compiled(trainer)
   assert found['collectives_unread'] == 'INTERNAL: no such opcode' and found['collectives_beside_loops'] is None
+
+
+def test_a_step_that_the_compiler_finds_too_large_does_not_fit(monkeypatch, tmp_path, capsys):
+  def refuse(_):
+    raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm.\nLargest program: …')
+  monkeypatch.setattr(jax.stages.Lowered, 'compile', refuse)
+  monkeypatch.setattr(Trainer, 'lower_step', lambda self: jax.jit(lambda x: x).lower(1.0))
+  monkeypatch.setattr(Topology, 'prepare', lambda self: None)
+  assert plan_command.main([f'--config={TINY}', '--topology=cpu:8', f'--json={tmp_path / "plan.json"}']) == 1
+  said = json.loads((tmp_path / 'plan.json').read_text())['verdict']
+  assert said['fits'] is False and 'does not fit: Ran out of memory in memory space hbm. try' in said['text']
+  assert said['text'] in capsys.readouterr().out
 
 
 @pytest.mark.slow
