@@ -21,7 +21,15 @@ case "$(basename "$0") $*" in
   *"queued-resources describe"* | *"kubectl get pod"*)
     head -n 1 "$STATES"; [ "$(wc -l < "$STATES")" = 1 ] || sed -i 1d "$STATES" ;;
   *launch/setup.sh*) exit "$INSTALL" ;;
-  *lightclip_jax.main*) code=$(head -n 1 "$CODES"); sed -i 1d "$CODES"; exit "${code:-0}" ;;
+  *pkill*) touch "$CALLS.told" ;;
+  *lightclip_jax.main*)
+    code=$(head -n 1 "$CODES"); sed -i 1d "$CODES"
+    if [ "$code" = TERM ]; then   # the script is told to stop; the run goes on until it is told itself
+      kill -TERM "$(cat "$SCRIPT")"
+      for ((i = 0; i < 100; i++)); do [ ! -e "$CALLS.told" ] || exit 75; sleep 0.1; done
+      echo never told >> "$CALLS"
+    fi
+    exit "${code:-0}" ;;
   *apply*) cat > "$YAML" ;;
 esac
 '''
@@ -37,14 +45,14 @@ def launch(tmp_path):
     (programs / name).chmod(0o755)
 
   def run(script, *arguments, states=('GONE',), codes=(0,), install=0, **more):
-    files = {name: tmp_path / name for name in ('CALLS', 'STATES', 'CODES', 'YAML')}
+    files = {name: tmp_path / name for name in ('CALLS', 'STATES', 'CODES', 'YAML', 'SCRIPT')}
     for name, lines in (('CALLS', ()), ('STATES', states), ('CODES', codes)):
       files[name].write_text(''.join(f'{line}\n' for line in lines))
     environment = {**os.environ, **{name: str(path) for name, path in files.items()}, 'POLL_SECONDS': '0',
                    'INSTALL': str(install), 'PYTHON': sys.executable, 'SLURM_JOB_ID': '17', 'TMPDIR': str(tmp_path),
                    'PATH': f'{programs}{os.pathsep}{os.environ["PATH"]}', **more}
-    done = subprocess.run(['bash', str(LAUNCH / script), *arguments], env=environment, capture_output=True, text=True,
-                          timeout=60)
+    done = subprocess.run(['bash', '-c', 'echo $$ > "$SCRIPT"; exec bash "$0" "$@"', str(LAUNCH / script), *arguments],
+                          env=environment, capture_output=True, text=True, timeout=60)
     return done, [shlex.split(line) for line in files['CALLS'].read_text().splitlines()]
   return run
 
@@ -103,6 +111,15 @@ def test_tpu_pod_does_not_repeat_a_mistake_or_delete_what_it_did_not_make(launch
   done, calls = launch('tpu_pod.sh', *POD, '--attempts=2', '--', *FLAGS, states=['GONE', 'FAILED'])
   assert done.returncode == 1 and done.stderr.count('the request for clip is FAILED') == 2
   assert not any('lightclip_jax.main' in word for call in calls for word in call)
+
+
+@pytest.mark.parametrize('options, deleted', [(POD, True), ([*POD, '--keep'], False), ([*POD[:2], '--existing'], False)])
+def test_tpu_pod_that_is_interrupted_saves_and_deletes_what_it_made(launch, options, deleted):
+  done, calls = launch('tpu_pod.sh', *options, '--', *FLAGS, states=['ACTIVE'], codes=['TERM'])
+  assert done.returncode == 130 and f'then clip is {"deleted" if deleted else "kept"}' in done.stderr, done.stderr
+  assert ['never', 'told'] not in calls
+  told = next(i for i, call in enumerate(calls) if any('pkill -TERM' in word for word in call))
+  assert [call[3:5] for call in calls[told + 1:]] == [['queued-resources', 'delete']] * deleted, 'it saves first'
 
 
 def test_tpu_pod_trains_only_where_it_is_installed(launch):
