@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains on a Cloud TPU slice: makes it, copies the code, installs, runs on all hosts, streams the log, starts again
-# after a preemption, and deletes it.
+# after a preemption, and deletes it. Ctrl-C (or TERM): the run is told to save, and the slice deleted as at the end.
 #   launch/tpu_pod.sh --name=clip --zone=us-central1-a --type=v5litepod-256 --spot --nfs=10.0.0.2:/share -- \
 #     --config=configs/mbv2.py:yfcc15m --workdir=/mnt/share/run --config.data.dataset=/mnt/share/yfcc15m
 # --nfs=HOST:/PATH  a disk (Filestore) that every host mounts at /mnt/share
@@ -83,15 +83,33 @@ sudo mount $(printf %q "$nfs") /mnt/share && sudo chmod a+rwx /mnt/share; }"; }
 }
 train() { on_all "cd lightclip_jax && exec .venv/bin/python -m lightclip_jax.main $(printf '%q ' "$@")"; }
 
+finish() { $existing || $keep || delete; }
+# The run outlives gcloud, and the slice, which costs money, this script.
+training=''
+# shellcheck disable=SC2329   # the trap calls it
+interrupted() {
+  trap - INT TERM HUP
+  local end=deleted
+  ! $existing && ! $keep || end=kept
+  echo "stopping: the run saves, for 3 minutes at most, then $name is $end; the same again ends at once" >&2 || true
+  [ -z "$training" ] || on_all "pkill -TERM -f '[l]ightclip_jax.main'; \
+timeout 180 bash -c 'while pgrep -f [l]ightclip_jax.main; do sleep 1; done' >/dev/null" || true
+  finish || true
+  exit 130
+}
+trap interrupted INT TERM HUP
+
 code=1
 for ((attempt = 1; attempt <= attempts; attempt++)); do
   if ready && install; then
-    train "$@" && code=0 || code=$?
+    train "$@" & training=$!   # bash hears signals while it waits, but not before a command in the foreground has ended
+    wait "$training" && code=0 || code=$?
+    training=''
     case $code in 0 | 2) break ;; esac   # 2: a mistake, which another attempt would only repeat
   fi
   echo "attempt $attempt ended with $code; starting again where the last checkpoint is" >&2
   $existing || [ "$(state)" = ACTIVE ] || delete || true
   sleep "${POLL_SECONDS:-30}"
 done
-$existing || $keep || delete
+finish
 exit "$code"

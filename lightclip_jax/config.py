@@ -295,6 +295,9 @@ def _get_config_of(path: pathlib.Path) -> typing.Callable[..., config_dict.Confi
   if root not in sys.path:
     sys.path.append(root)
   spec = importlib.util.spec_from_file_location(path.stem, path)
+  if spec is None:
+    raise UserError(f'config file {str(path)!r} is no Python file; a config is one that has get_config(variant), such as '
+                    'configs/mbv2.py')
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   if not hasattr(module, 'get_config'):
@@ -350,7 +353,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if isinstance(value, typing.Mapping):
       return _build(hint, value, path)
     if hint is Schedule and isinstance(value, (int, float)) and not isinstance(value, bool):
-      return constant(float(value))
+      return constant(_convert(float, value, path))
   origin = typing.get_origin(hint)
   if origin is Literal:
     if value in typing.get_args(hint):
@@ -358,7 +361,9 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     raise UserError(f'{path} is {value!r}; it can be one of {", ".join(map(repr, typing.get_args(hint)))}')
   if origin is tuple and isinstance(value, (tuple, list)):
     return _convert_tuple(typing.get_args(hint), value, path)
-  if hint is float and isinstance(value, int) and not isinstance(value, bool):
+  if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+    if not abs(value) <= sys.float_info.max:   # as of NaN, and of whole numbers that are larger than any float
+      raise UserError(f'{path} is {value!r}; it must be a finite number')
     return float(value)
   if isinstance(hint, type) and not isinstance(hint, types.GenericAlias) and type(value) is hint:
     return value

@@ -54,6 +54,24 @@ def test_errors_name_what_there_is(tmp_path):
   (tmp_path / 'empty.py').write_text('x = 1\n')
   with pytest.raises(UserError, match='get_config'):
     config_lib.load(str(tmp_path / 'empty.py'))
+  for name in ('README.md', 'config.json'):
+    (tmp_path / name).write_text('{}\n')
+    with pytest.raises(UserError, match=f'{name}.* is no Python file.*get_config'):
+      config_lib.load(str(tmp_path / name))
+
+
+@pytest.mark.parametrize('key, text', [
+    ('optimizer.learning_rate', '1e999'), ('optimizer.learning_rate', '-1e999'),
+    ('data.crop_scale', '(0.5, 1e999)'), ('objective.contrastive.alpha', '1e999')])
+def test_numbers_are_finite(key, text):
+  with pytest.raises(UserError, match=f'^config.{key}.* is -?inf; it must be a finite number$'):
+    config_lib.load(f'{CONFIGS / "mbv2.py"}', {key: text})
+
+
+@pytest.mark.parametrize('value', [float('nan'), 10**400])
+def test_numbers_of_files_are_finite(value):
+  with pytest.raises(UserError, match=f'learning_rate is {value}; it must be a finite number'):
+    config_lib.from_dict({'optimizer': {'learning_rate': value}})
 
 
 def test_overrides_are_literals_and_nothing_is_evaluated(tmp_path):

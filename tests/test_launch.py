@@ -1,6 +1,7 @@
 """The launch scripts with stand-ins for gcloud, kubectl, srun and scontrol, which record how they were called."""
 import os
 import pathlib
+import re
 import shlex
 import subprocess
 import sys
@@ -17,9 +18,18 @@ GKE = ['--name=clip', '--image=example.com/lightclip:1', '--accelerator=tpu-v5-l
 RECORD = '''#!/usr/bin/env bash
 { printf '%q ' "$(basename "$0")" "$@"; echo; } >> "$CALLS"
 case "$(basename "$0") $*" in
-  *"queued-resources describe"*) head -n 1 "$STATES"; [ "$(wc -l < "$STATES")" = 1 ] || sed -i 1d "$STATES" ;;
+  *"queued-resources describe"* | *"kubectl get pod"*)
+    head -n 1 "$STATES"; [ "$(wc -l < "$STATES")" = 1 ] || sed -i 1d "$STATES" ;;
   *launch/setup.sh*) exit "$INSTALL" ;;
-  *lightclip_jax.main*) code=$(head -n 1 "$CODES"); sed -i 1d "$CODES"; exit "${code:-0}" ;;
+  *pkill*) touch "$CALLS.told" ;;
+  *lightclip_jax.main*)
+    code=$(head -n 1 "$CODES"); sed -i 1d "$CODES"
+    if [ "$code" = TERM ]; then   # the script is told to stop; the run goes on until it is told itself
+      kill -TERM "$(cat "$SCRIPT")"
+      for ((i = 0; i < 100; i++)); do [ ! -e "$CALLS.told" ] || exit 75; sleep 0.1; done
+      echo never told >> "$CALLS"
+    fi
+    exit "${code:-0}" ;;
   *apply*) cat > "$YAML" ;;
 esac
 '''
@@ -27,22 +37,22 @@ esac
 
 @pytest.fixture
 def launch(tmp_path):
-  """(script, arguments, states of the slice, exit codes of training and installation) -> (the process, recorded calls)."""
+  """(script, arguments, states of slice or pod, codes of training and installation, environment) -> (process, calls)."""
   programs = tmp_path / 'bin'
   programs.mkdir()
   for name in ('gcloud', 'kubectl', 'srun', 'scontrol'):
     (programs / name).write_text(RECORD)
     (programs / name).chmod(0o755)
 
-  def run(script, *arguments, states=('GONE',), codes=(0,), install=0):
-    files = {name: tmp_path / name for name in ('CALLS', 'STATES', 'CODES', 'YAML')}
+  def run(script, *arguments, states=('GONE',), codes=(0,), install=0, **more):
+    files = {name: tmp_path / name for name in ('CALLS', 'STATES', 'CODES', 'YAML', 'SCRIPT')}
     for name, lines in (('CALLS', ()), ('STATES', states), ('CODES', codes)):
       files[name].write_text(''.join(f'{line}\n' for line in lines))
     environment = {**os.environ, **{name: str(path) for name, path in files.items()}, 'POLL_SECONDS': '0',
                    'INSTALL': str(install), 'PYTHON': sys.executable, 'SLURM_JOB_ID': '17', 'TMPDIR': str(tmp_path),
-                   'PATH': f'{programs}{os.pathsep}{os.environ["PATH"]}'}
-    done = subprocess.run(['bash', str(LAUNCH / script), *arguments], env=environment, capture_output=True, text=True,
-                          timeout=60)
+                   'PATH': f'{programs}{os.pathsep}{os.environ["PATH"]}', **more}
+    done = subprocess.run(['bash', '-c', 'echo $$ > "$SCRIPT"; exec bash "$0" "$@"', str(LAUNCH / script), *arguments],
+                          env=environment, capture_output=True, text=True, timeout=60)
     return done, [shlex.split(line) for line in files['CALLS'].read_text().splitlines()]
   return run
 
@@ -63,6 +73,13 @@ def test_every_script_is_valid_and_explains_itself():
   for script in ('tpu_pod.sh', 'gke/run.sh'):
     done = subprocess.run(['bash', str(LAUNCH / script), '--help'], capture_output=True, text=True, check=True)
     assert '--config=configs/mbv2.py:yfcc15m' in done.stdout and '--dry-run' in done.stdout
+
+
+@pytest.mark.parametrize('place', ['launch/tpu_pod.sh', 'launch/gke/run.sh', 'launch/slurm.sbatch', 'docs/SCALE.md'])
+def test_examples_say_where_the_data_is(place):
+  lines = re.sub(r'\\\n#? *', '', (LAUNCH.parent / place).read_text()).splitlines()
+  examples = [line for line in lines if 'launch/' in line and re.search(r'configs/\S+:(cc3m|yfcc15m)', line)]
+  assert examples and all('--config.data.dataset=' in line for line in examples), examples
 
 
 def test_tpu_pod_dry_run_prints_every_command_and_calls_none(launch):
@@ -94,6 +111,15 @@ def test_tpu_pod_does_not_repeat_a_mistake_or_delete_what_it_did_not_make(launch
   done, calls = launch('tpu_pod.sh', *POD, '--attempts=2', '--', *FLAGS, states=['GONE', 'FAILED'])
   assert done.returncode == 1 and done.stderr.count('the request for clip is FAILED') == 2
   assert not any('lightclip_jax.main' in word for call in calls for word in call)
+
+
+@pytest.mark.parametrize('options, deleted', [(POD, True), ([*POD, '--keep'], False), ([*POD[:2], '--existing'], False)])
+def test_tpu_pod_that_is_interrupted_saves_and_deletes_what_it_made(launch, options, deleted):
+  done, calls = launch('tpu_pod.sh', *options, '--', *FLAGS, states=['ACTIVE'], codes=['TERM'])
+  assert done.returncode == 130 and f'then clip is {"deleted" if deleted else "kept"}' in done.stderr, done.stderr
+  assert ['never', 'told'] not in calls
+  told = next(i for i, call in enumerate(calls) if any('pkill -TERM' in word for word in call))
+  assert [call[3:5] for call in calls[told + 1:]] == [['queued-resources', 'delete']] * deleted, 'it saves first'
 
 
 def test_tpu_pod_trains_only_where_it_is_installed(launch):
@@ -229,7 +255,15 @@ def test_gke_applies_a_valid_job_set_and_follows_it(launch, tmp_path):
   assert pod['nodeSelector']['cloud.google.com/gke-spot'] == 'true' and pod['serviceAccountName'] == 'clip'
   assert pod['volumes'][0]['persistentVolumeClaim']['claimName'] == 'share'
   assert container['volumeMounts'][0]['mountPath'] == '/mnt/share'
-  assert [call[1] for call in calls] == ['apply', 'wait', 'logs']
+  assert [call[1] for call in calls] == ['apply', 'get', 'wait', 'logs']
+
+
+def test_gke_waits_until_there_is_a_pod_to_wait_for(launch):
+  done, calls = launch('gke/run.sh', *GKE, '--', *FLAGS, states=['', '', 'pod/clip-hosts-0-0-x'])
+  assert done.returncode == 0, done.stderr
+  assert [call[1] for call in calls] == ['apply', 'get', 'get', 'get', 'wait', 'logs']
+  done, calls = launch('gke/run.sh', *GKE, '--', *FLAGS, states=[''])
+  assert done.returncode == 1 and 'clip gets no pods' in done.stderr and calls[-1][1] == 'get', 'not for ever'
 
 
 def test_gke_dry_run_and_delete(launch):
@@ -247,6 +281,15 @@ def test_slurm_goes_back_into_the_queue(launch):
     assert (calls[1:] == [['scontrol', 'requeue', '17']]) == requeued
   done, calls = launch('slurm.sbatch', '--dry-run', *FLAGS)
   assert shlex.split(done.stdout)[-len(FLAGS):] == FLAGS and not calls
+
+
+@pytest.mark.parametrize('restarts, allowed', [('99', {}), ('2', {'LIGHTCLIP_RESTARTS': '3'})])
+def test_slurm_does_not_go_back_for_ever(launch, restarts, allowed):
+  _, calls = launch('slurm.sbatch', *FLAGS, codes=(76,), SLURM_RESTART_COUNT=restarts, **allowed)
+  assert calls[1:] == [['scontrol', 'requeue', '17']]
+  last = str(int(restarts) + 1)
+  done, calls = launch('slurm.sbatch', *FLAGS, codes=(76,), SLURM_RESTART_COUNT=last, **allowed)
+  assert done.returncode == 76 and len(calls) == 1 and f'ended with 76 after {last} restarts' in done.stderr
 
 
 def test_local_processes_get_their_places(launch):

@@ -13,10 +13,12 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lightclip_jax import config as config_lib
+from lightclip_jax import plan as plan_command
 from lightclip_jax import sharding
 from lightclip_jax.errors import UserError
 from lightclip_jax.planning import hlo, measure, table
 from lightclip_jax.planning.chips import CHIPS, Topology
+from lightclip_jax.training.step import Trainer
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = ROOT / 'tests' / 'training' / 'tiny_config.py'
@@ -109,6 +111,14 @@ def test_of_a_conditional_the_dearest_branch_moves(branches):
 @pytest.mark.parametrize('shape, size', [('f32[8,4]{1,0:T(8,128)}', 128), ('(pred[3], s4[4], token[])', 5), ('bf16[]', 2)])
 def test_bytes_of_shapes(shape, size):
   assert hlo.shape_bytes(shape) == size
+
+
+@pytest.mark.parametrize('instruction', [
+    'f32[8]{0} reduce-scatter(%a)', '((f32[64]{0}), f32[8]{0}) reduce-scatter-start(f32[64]{0} %a)'])
+def test_of_a_reduce_scatter_all_that_it_takes_is_sent(instruction):
+  text = f'ENTRY %main (a: f32[64]) -> f32[8] {{\n  %a = f32[64]{{0}} parameter(0)\n  %rs = {instruction}, to_apply=%add\n}}\n'
+  (found,) = hlo.collectives(text)
+  assert (found.kind, found.bytes, found.shape) == ('reduce-scatter', 64 * 4, 'f32[64]')
 
 
 def test_a_real_program_is_read():
@@ -241,6 +251,18 @@ def test_a_program_that_cannot_be_printed_says_so(monkeypatch):
   trainer = type('Trainer', (), {'lower_step': lambda self: jax.jit(lambda x: x).lower(1.0)})()
   found = measure._compiled(trainer)
   assert found['collectives_unread'] == 'INTERNAL: no such opcode' and found['collectives_beside_loops'] is None
+
+
+def test_a_step_that_the_compiler_finds_too_large_does_not_fit(monkeypatch, tmp_path, capsys):
+  def refuse(_):
+    raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm.\nLargest program: …')
+  monkeypatch.setattr(jax.stages.Lowered, 'compile', refuse)
+  monkeypatch.setattr(Trainer, 'lower_step', lambda self: jax.jit(lambda x: x).lower(1.0))
+  monkeypatch.setattr(Topology, 'prepare', lambda self: None)
+  assert plan_command.main([f'--config={TINY}', '--topology=cpu:8', f'--json={tmp_path / "plan.json"}']) == 1
+  said = json.loads((tmp_path / 'plan.json').read_text())['verdict']
+  assert said['fits'] is False and 'does not fit: Ran out of memory in memory space hbm. try' in said['text']
+  assert said['text'] in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Trains on a TPU slice of a GKE cluster with the JobSet controller; applies jobset.yaml.j2 and follows process 0's log.
 #   launch/gke/run.sh --name=clip --image=REGION-docker.pkg.dev/PROJECT/REPO/lightclip --accelerator=tpu-v5-lite-podslice \
-#     --topology=16x16 --claim=share -- --config=configs/mbv2.py:yfcc15m --workdir=/mnt/share/run
+#     --topology=16x16 --claim=share -- --config=configs/mbv2.py:yfcc15m --workdir=/mnt/share/run \
+#     --config.data.dataset=/mnt/share/yfcc15m
 # --chips=N            chips a host (default 4)         --namespace=NAME     (default: default)
 # --restarts=N         after failures (default 100)     --claim=NAME         a ReadWriteMany volume claim, at /mnt/share
 # --spot               on spot nodes                    --service-account=NAME
@@ -33,7 +34,11 @@ fi
 yaml=$("$python" "$here/render.py" "${options[@]}" "$@")
 if $dry; then printf '%s\n' "$yaml"; fi
 run kubectl apply --filename=- <<<"$yaml"
-run kubectl wait --for=condition=Ready pod --namespace="$namespace" --timeout=24h \
-  --selector="jobset.sigs.k8s.io/jobset-name=$name,batch.kubernetes.io/job-completion-index=0"
-run kubectl logs --follow --namespace="$namespace" \
-  --selector="jobset.sigs.k8s.io/jobset-name=$name,batch.kubernetes.io/job-completion-index=0"
+first=(--namespace="$namespace" --selector="jobset.sigs.k8s.io/jobset-name=$name,batch.kubernetes.io/job-completion-index=0")
+left=30
+until run kubectl get pod "${first[@]}" --output=name | grep .; do   # `wait` fails at once where no pod is made yet
+  ((left--)) || { echo "error: $name gets no pods; see kubectl describe jobset $name --namespace=$namespace" >&2; exit 1; }
+  sleep "${POLL_SECONDS:-10}"
+done
+run kubectl wait --for=condition=Ready pod "${first[@]}" --timeout=24h
+run kubectl logs --follow "${first[@]}"

@@ -9,7 +9,7 @@ import math
 import re
 
 KINDS = ('all-gather', 'all-reduce', 'all-to-all', 'collective-permute', 'reduce-scatter', 'ragged-all-to-all')
-_INSTRUCTION = re.compile(r'^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([\w\-]+)\(')
+_INSTRUCTION = re.compile(r'^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\(')
 _COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+) .*\{$')
 _CALLED = re.compile(r'(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)')
 _BRANCHES = re.compile(r'branch_computations=\{([^}]*)\}')
@@ -23,7 +23,8 @@ _BITS = {'pred': 8, 's4': 4, 'u4': 4}
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-  """One instruction. `bytes`: what it leaves on one device, each time it runs."""
+  """One instruction. `bytes`: what it leaves on one device each time it runs; a reduce-scatter what it takes, since it sends
+  that and leaves a part."""
   kind: str
   bytes: int
   runs: int
@@ -38,11 +39,16 @@ def collectives(text: str) -> list[Collective]:
   runs, looped = _runs(computations, entry)
   out = []
   for name, lines in computations.items():
+    shapes: dict[str, str] = {}
     for line in lines:
       found = _INSTRUCTION.match(line)
-      kind = found and found[2].removesuffix('-start')
+      if not found:
+        continue
+      shapes[found[1]], kind = found[2], found[3].removesuffix('-start')
       if kind in KINDS and name in runs:
-        shape = _result_of(found[1]) if found[2] in ('all-gather-start', 'collective-permute-start') else found[1]
+        shape = _result_of(found[2]) if found[3] in ('all-gather-start', 'collective-permute-start') else found[2]
+        if kind == 'reduce-scatter':
+          shape = ', '.join(_operands(line, found, shapes))
         origin = re.search(r'op_name="([^"]*)"', line)
         short = re.sub(r'\{[^}]*\}|\s', '', shape)
         out.append(Collective(kind, shape_bytes(shape), runs[name], short, origin[1] if origin else '', name in looped))
@@ -80,21 +86,25 @@ def _moved(name: str, computations: dict[str, list[str]]) -> int:
 def _main_bytes(lines: list[str]) -> int:
   shapes, total = {}, 0
   for line in lines:
-    name, equals, rest = line.strip().removeprefix('ROOT ').lstrip('%').partition(' = ')
-    found = equals and _INSTRUCTION.match(line)
+    found = _INSTRUCTION.match(line)
     if not found:
       continue
-    shapes[name], operation = found[1], found[2]
+    shapes[found[1]], result, operation = found[2], found[2], found[3]
     if operation in _MOVE_NOTHING or operation.endswith('-done'):
       continue
-    operands = [shapes.get(one, '') for one in re.findall(r'%([\w.\-]+)', rest[len(found[1]):].split('), ')[0])]
+    operands = _operands(line, found, shapes)
     if operation in _MOVES:
-      moved = _parts(found[1])[0 if operation == 'copy-start' else 1]
+      moved = _parts(result)[0 if operation == 'copy-start' else 1]
       total += shape_bytes(moved) * sum(_in_main(shape) > 0 for shape in (moved, operands[0]))
     else:
-      result = _parts(found[1])[0] if ' custom_call_target="__cu' in line else found[1]   # without its scratch memory
+      result = _parts(result)[0] if ' custom_call_target="__cu' in line else result   # without its scratch memory
       total += sum(map(_in_main, [result, *operands]))
   return total
+
+
+def _operands(line: str, found: re.Match[str], shapes: dict[str, str]) -> list[str]:
+  """The shapes of what an instruction takes, by those of the lines above it; '' where they say nothing."""
+  return [shapes.get(name, '') for name in re.findall(r'%([\w.\-]+)', line[found.end():].split('), ')[0])]
 
 
 def _in_main(shape: str) -> int:

@@ -8,7 +8,6 @@ import jax
 
 from lightclip_jax import config as config_lib
 from lightclip_jax import sharding
-from lightclip_jax.errors import UserError
 from lightclip_jax.models import lightclip
 from lightclip_jax.planning import hlo
 from lightclip_jax.planning.chips import Chip, Topology
@@ -21,7 +20,7 @@ def make_plan(config: config_lib.Config, topology: Topology) -> dict[str, Any]:
   """JSON-able: everything that is known about one step on `topology`. Bytes and FLOPs are one device's.
 
   Raises:
-    UserError: for a batch, mesh or model that does not fit the topology, or a step that the compiler finds too large.
+    UserError: for a batch, mesh or model that does not fit the topology.
   """
   devices = topology.devices()
   mesh = sharding.make_mesh(config.mesh, devices)
@@ -32,6 +31,8 @@ def make_plan(config: config_lib.Config, topology: Topology) -> dict[str, Any]:
           'formula_only': not topology.compiles}
   plan |= _state(trainer)
   plan |= _compiled(trainer) if topology.compiles else _by_formula(trainer, len(devices))
+  if 'refused' in plan:
+    return plan | {'verdict': {'needed': None, 'fits': False, 'text': f'does not fit: {plan["refused"]} {advice(plan)}'}}
   if plan['flops'] is None:   # GPUs' compiler counts none
     counted = Trainer.create(config, sharding.make_mesh(config.mesh, topology.stand_ins()))
     plan['flops'] = _by_formula(counted, len(devices))['flops']
@@ -70,7 +71,8 @@ def _compiled(trainer: Trainer) -> dict[str, Any]:
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
     said = str(error).split('RESOURCE_EXHAUSTED:')[-1].strip().splitlines()[0]
-    raise UserError(f'does not fit: {said} {advice(trainer.config)}') from error
+    return {'refused': said, 'memory': None, 'flops': None, 'bytes_moved': None, 'main_memory_bytes': None, 'roofline': None,
+            'collectives': {}}
   seconds, memory, cost = time.perf_counter() - start, compiled.memory_analysis(), compiled.cost_analysis() or {}
   try:
     text, unread = compiled.as_text(), ''
@@ -130,8 +132,7 @@ def verdict(plan: dict[str, Any], chip: Chip | None) -> dict[str, Any]:
   return {'needed': needed, 'fits': fits, 'text': text if fits else f'{text}; {advice(plan)}'}
 
 
-def advice(plan: Any) -> str:
+def advice(plan: dict[str, Any]) -> str:
   """What makes a step smaller."""
-  accumulate = plan['accumulate'] if isinstance(plan, dict) else plan.train.accumulate
-  return (f'try --config.train.accumulate={2 * accumulate} (activations), --config.mesh.fsdp=8 (parameters and '
+  return (f'try --config.train.accumulate={2 * plan["accumulate"]} (activations), --config.mesh.fsdp=8 (parameters and '
           'optimizer), or more chips')

@@ -22,10 +22,11 @@ def _rows(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
   if plan['memory']:
     yield 'memory, a device', ', '.join(f'{name} {_size(size)}' for name, size in plan['memory'].items())
   yield 'verdict', plan['verdict']['text']
-  yield 'work, a step and device', f'{plan["flops"] / 1e12:.3f} TFLOP' + _traffic(plan)
-  if plan['accumulate'] > 1:
-    yield '', (f'AT LEAST: of the {plan["accumulate"]} micro-batches the work of one is counted, here and in the roofline; '
-               '--config.train.accumulate=1 counts all')
+  if plan['flops'] is not None:   # else the compiler has refused, and counted nothing
+    yield 'work, a step and device', f'{plan["flops"] / 1e12:.3f} TFLOP' + _traffic(plan)
+    if plan['accumulate'] > 1:
+      yield '', (f'AT LEAST: of the {plan["accumulate"]} micro-batches the work of one is counted, here and in the roofline; '
+                 '--config.train.accumulate=1 counts all')
   yield from _roofline_rows(plan)
   for kind, row in plan['collectives'].items():
     yield kind, f'{row["instructions"]} instructions, {row["runs"]} runs and {_size(row["bytes"])} a step'
