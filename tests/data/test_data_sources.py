@@ -319,6 +319,25 @@ def test_tfds_without_tensorflow(tmp_path, made, labels):
   assert len(_take(_batches((names, options), 't', options=options), 2)) == 2
 
 
+def _tfds_labels(folder, feature, value):
+  import tensorflow_datasets as tfds
+  features = tfds.features.FeaturesDict({'image': tfds.features.Image(encoding_format='jpeg'), 'kind': feature})
+  source_files.write_tfds(folder, [{'image': source_files.jpeg(0), 'kind': value}], features)
+  return sources.SOURCES['tfds'](sources.Spec('tfds', 'tiny_pairs', caption_column='kind', image_root=str(folder)))
+
+
+def test_tfds_labels_of_another_name_without_one_and_without_names(tmp_path):
+  # -1, which means no label, got the last class's name, and labels under another name were "not UTF-8 text".
+  import tensorflow_datasets as tfds
+  named = tfds.features.ClassLabel(names=['red_fox', 'dog'])
+  assert _tfds_labels(tmp_path / 'named', named, 0)[0].concept == 'red fox'
+  for number in (-1, 2):
+    with pytest.raises(BadRecord, match=f'there is no caption .label {number}.'):
+      _tfds_labels(tmp_path / str(number), named, number)[0]
+  with pytest.raises(UserError, match="^'kind' of the TFDS set 'tiny_pairs' is int64 without names; captions must be text or"):
+    _tfds_labels(tmp_path / 'number', tfds.features.Scalar(np.int64), 0)
+
+
 @pytest.mark.parametrize(('name', 'said'), [
     ('tar:x', 'neither a folder nor a built-in name'), ('webdataset:nowhere', 'is not there'),
     ('csv:nowhere/x.csv', 'is not there'),
