@@ -216,6 +216,22 @@ def test_what_is_wrong_with_tars(tmp_path):
   assert _reasons(_open('webdataset', tmp_path, tmp_path)) == []
 
 
+def test_keys_with_dots(tmp_path):
+  # Samples whose names have a dot, such as photo.1.jpg or www.site.com_7.jpg, were no records, and not counted.
+  files = {'photo.1.jpg': b'1', 'photo.1.txt': b'one',
+           'a.b/www.site.com_7.JPG': b'2', 'a.b/www.site.com_7.json': b'{"text": "two"}',
+           'whole.jpg': b'3', 'whole.mask.png': b'-', 'whole.clip.npy': b'-', 'whole.txt': b'three', 'alone.2.png': b'-',
+           '._whole.jpg': b'-', '._whole.txt': b'-', './._photo.1.jpg': b'-', 'no_dot': b'-', 'v1.2/no_dot': b'-'}
+  with tarfile.open(tmp_path / 'x.tar', 'w') as tar:
+    for name, data in files.items():
+      source_files.add(tar, name, data)
+  source = _open('webdataset', tmp_path, tmp_path)
+  assert [source.name(i).partition('/')[2] for i in range(len(source))] == ['photo.1', 'a.b/www.site.com_7', 'whole', 'alone.2']
+  assert [(source[i].image, source[i].captions) for i in range(3)] == [(b'1', ('one',)), (b'2', ('two',)), (b'3', ('three',))]
+  with pytest.raises(BadRecord, match='there is no caption'):
+    source[3]
+
+
 def test_what_is_wrong_with_tables(tmp_path):
   (tmp_path / 'a.jpg').write_bytes(source_files.jpeg(1))
   os.mkfifo(tmp_path / 'pipe.jpg')
