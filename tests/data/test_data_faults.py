@@ -75,7 +75,8 @@ def _csv(folder, rows, kind='csv', separator=b','):
 
 
 def _tsv(folder, rows):
-  return _csv(folder, rows, 'tsv', b'\t')
+  # A line of a caption that has as many tabs as the header would be a row.
+  return _csv(folder, [(reason, image, caption.replace(b'\t', b' ')) for reason, image, caption in rows], 'tsv', b'\t')
 
 
 def _jsonl(folder, rows):
@@ -247,6 +248,42 @@ def test_what_is_wrong_with_tables(tmp_path):
   assert _open('jsonl', tmp_path / 'x.jsonl', tmp_path)[0].captions == ('x', 'y')
   assert _reasons(_open('jsonl', tmp_path / 'x.jsonl', tmp_path)) == [
       'good', 'damaged', 'damaged', 'damaged', 'missing', 'bad_caption', 'bad_caption', 'damaged']
+
+
+def _rows(path, tmp_path, text):
+  """Caption or reason of each row of a table."""
+  path.write_bytes(text)
+  source = _open(path.suffix[1:], path, tmp_path)
+  return [source[i].captions[0] if what == 'good' else what for i, what in enumerate(_reasons(source))]
+
+
+def test_stray_quotes_of_a_tsv_are_letters(tmp_path):
+  # One at the start of a caption took in all rows up to the next one.
+  (tmp_path / 'a.jpg').write_bytes(source_files.jpeg(1))
+  head = b'filepath\ttitle\n'
+  rows = [b'"hello world', b'foo', b'bar 5"', b'"Best" day ever', b'a "b" c', b'"quoted ""well"""',
+          b'"two\nlines\n\n""four"""', b'""']
+  said = ['"hello world', 'foo', 'bar 5"', '"Best" day ever', 'a "b" c', 'quoted "well"', 'two\nlines\n\n"four"', 'no_caption']
+  for line_end in (b'\n', b'\r\n', b'\n\n'):
+    assert _rows(tmp_path / 'x.tsv', tmp_path, line_end + head + line_end.join(b'a.jpg\t' + row for row in rows)) == said
+  assert _rows(tmp_path / 'x.tsv', tmp_path, head + b'a.jpg\tone\na.jpg\t"never\nclosed\n\n') == ['one', 'damaged']
+  assert _rows(tmp_path / 'x.tsv', tmp_path, head + b'a.jpg\tone\ttwo\na.jpg\na.jpg\tb\n') == ['damaged', 'damaged', 'b']
+
+
+def test_rows_of_another_number_of_columns_are_damaged(tmp_path):
+  # A caption with a comma that is not quoted was cut off there.
+  (tmp_path / 'a.jpg').write_bytes(source_files.jpeg(1))
+  rows = b'a.jpg,"a cat, asleep"\na.jpg,a cat, asleep\n\na.jpg,a cat\na.jpg,a\ra.jpg,b\n'
+  assert _rows(tmp_path / 'x.csv', tmp_path, b'filepath,title\n' + rows) == ['a cat, asleep', 'damaged', 'a cat', 'damaged']
+  with pytest.raises(BadRecord, match='3 columns, the header has 2'):
+    _open('csv', tmp_path / 'x.csv', tmp_path)[1]
+
+
+@pytest.mark.parametrize('text', [b'filepath,title\ra.jpg,a\r', b'filepath\ttitle\ra.jpg\ta\r'])
+def test_lines_that_end_with_cr_alone_are_one_line(tmp_path, text):
+  # They were a header alone, of a table without records.
+  with pytest.raises(UserError, match='^the lines of .*x.csv. end with CR alone, as on old Macs; save it with LF or CRLF$'):
+    _rows(tmp_path / 'x.csv', tmp_path, text)
 
 
 @pytest.mark.parametrize('kind', fuzz.FORMATS)
