@@ -94,6 +94,24 @@ def test_a_worker_of_a_folder_whose_list_is_gone(tmp_path):
   assert len(sources.SOURCES['folder'](spec)) == 3
 
 
+@pytest.mark.parametrize('kind', ['webdataset', 'csv', 'tsv', 'jsonl', 'parquet'])
+def test_a_worker_of_a_source_that_has_changed(tmp_path, kind):
+  # It read other records under the same numbers, and said nothing.
+  for name, count in (('before', 5), ('after', 9)):
+    (tmp_path / name).mkdir()
+    source_files.WRITERS[kind](tmp_path / name, source_files.pairs(count))
+  before = tmp_path / 'before'
+  path = str(before if kind in ('webdataset', 'parquet') else before / f'pairs.{kind}')
+  source = sources.SOURCES[kind](sources.Spec(kind, path, index=str(tmp_path / 'index')))
+  worker = pickle.dumps(pickle.loads(pickle.dumps(source)))
+  assert [pickle.loads(worker)[i] for i in range(5)] == [source[i] for i in range(5)]
+  shutil.rmtree(before)
+  (tmp_path / 'after').rename(before)
+  for read in (len, lambda again: again[0], lambda again: again.name(0)):
+    with pytest.raises(UserError, match=f"^'{path}' has changed while it was read; start again$"):
+      read(pickle.loads(worker))
+
+
 @pytest.mark.parametrize('kind', [*source_files.WRITERS, 'mixture'])
 def test_order_resume_hosts_and_epochs(made, kind):
   names, options = made[0], _options(made, kind)

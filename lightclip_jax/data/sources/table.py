@@ -18,6 +18,7 @@ from lightclip_jax.data import captions, indexes
 from lightclip_jax.data.faults import BadRecord
 from lightclip_jax.data.files import Folder
 from lightclip_jax.data.records import Record
+from lightclip_jax.data.sources.reopened import Reopened
 from lightclip_jax.data.sources.spec import Spec
 from lightclip_jax.errors import UserError
 
@@ -82,7 +83,7 @@ class TableSource:
     return Record(f'{int(index)}/{path}', self._images.read(path), texts)
 
   def __reduce__(self) -> tuple[Any, ...]:
-    return type(self), (self.spec,)
+    return Reopened, (type(self), self.spec, self.fingerprint)
 
 
 class CsvSource(TableSource):

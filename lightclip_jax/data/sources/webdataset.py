@@ -11,6 +11,7 @@ import tqdm
 from lightclip_jax.data import captions, files, indexes
 from lightclip_jax.data.faults import REASONS, BadRecord
 from lightclip_jax.data.records import Record, key_of
+from lightclip_jax.data.sources.reopened import Reopened
 from lightclip_jax.data.sources.spec import Spec
 from lightclip_jax.errors import UserError
 
@@ -44,7 +45,8 @@ class WebDatasetSource:
       raise UserError(f'cannot read {spec.path!r}: {error}') from error
     self._table = indexes.stored(f'{spec.index}/all', [indexes.RULES, stamps], lambda: self._build(stamps))
     self._rows = self._table['rows']
-    self.fingerprint = indexes.digest([indexes.RULES, [stamp[:2] for stamp in stamps]])
+    # Tars are padded, so that other contents often have the same size.
+    self.fingerprint = indexes.digest([indexes.RULES, len(self), [stamp[:2] for stamp in stamps]])
 
   def _build(self, stamps: list[tuple[str, int, str]]) -> indexes.Table:
     tables = []
@@ -80,7 +82,7 @@ class WebDatasetSource:
     return Record(key_of(self.name(index)), image, parse(text))
 
   def __reduce__(self) -> tuple[Any, ...]:
-    return WebDatasetSource, (self.spec,)
+    return Reopened, (WebDatasetSource, self.spec, self.fingerprint)
 
 
 def _part(file: BinaryIO, at: int, size: int) -> bytes:
