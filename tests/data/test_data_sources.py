@@ -388,6 +388,9 @@ def test_what_does_not_fit_is_one_line(made, tmp_path):
     datasets.resolve(names['csv'])
   with pytest.raises(UserError, match='needs 2 numbers above 0'):
     datasets.resolve(f'{names["csv"]} + {names["csv"]}', config.replace(options, weights=(1.0,)))
+  (tmp_path / 'empty.csv').write_text('filepath,title\n')
+  with pytest.raises(UserError, match=f'^csv:{tmp_path}/empty.csv has no training records to draw; leave it and its weight out$'):
+    datasets.resolve(f'{names["csv"]} + csv:{tmp_path}/empty.csv', config.replace(options, weights=(1.0, 1.0)))
   with pytest.raises(UserError, match='has no column words; it has: filepath, title'):
     datasets.resolve(names['csv'], config.replace(options, caption_column='words'))
   with pytest.raises(UserError, match='has no .tar files'):
