@@ -316,6 +316,22 @@ def test_nothing_outside_the_folder_is_opened(tmp_path, name, monkeypatch):
   assert error.value.reason == 'outside' and [os.path.basename(path) for path in opened] == ['x.csv']
 
 
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+  # It was skipped, so that its pictures were missing from the data set.
+  source_files.write_folder(tmp_path, source_files.pairs(2))
+  real = os.scandir
+
+  def scandir(path):   # root, as whom tests may run, reads folders of mode 000 too
+    if os.path.basename(path) == 'images':
+      raise PermissionError(13, 'Permission denied', path)
+    return real(path)
+
+  monkeypatch.setattr(os, 'scandir', scandir)
+  for kind in ('folder', 'webdataset', 'parquet'):
+    with pytest.raises(UserError, match=f"^cannot read the folder '{tmp_path}/images': Permission denied; make it readable, or"):
+      sources.SOURCES[kind](sources.Spec(kind, str(tmp_path), index=str(tmp_path / 'index')))
+
+
 @pytest.mark.parametrize('labels', [False, True])
 def test_tfds_without_tensorflow(tmp_path, made, labels):
   import tensorflow_datasets as tfds
