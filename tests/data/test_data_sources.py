@@ -316,6 +316,15 @@ def test_nothing_outside_the_folder_is_opened(tmp_path, name, monkeypatch):
   assert error.value.reason == 'outside' and [os.path.basename(path) for path in opened] == ['x.csv']
 
 
+def test_captions_beside_pictures_in_capitals(tmp_path):
+  # IMG_0.JPG was an image and IMG_0.TXT no caption of it.
+  for name, text in {'0.TXT': 'zero', '1.JSON': '{"text": "one"}', '2.txt': 'two', '2.TXT': 'not this'}.items():
+    (tmp_path / name).write_text(text)
+    (tmp_path / f'{name[0]}.JPG').write_bytes(source_files.jpeg(0))
+  source = sources.SOURCES['folder'](sources.Spec('folder', str(tmp_path), index=str(tmp_path / 'index')))
+  assert [source[i].captions for i in range(len(source))] == [('zero',), ('one',), ('two',)]
+
+
 def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
   # It was skipped, so that its pictures were missing from the data set.
   source_files.write_folder(tmp_path, source_files.pairs(2))
