@@ -16,7 +16,7 @@ import pytest
 import source_files
 
 from lightclip_jax import config
-from lightclip_jax.data import datasets, faults, pipeline, sources, tokenizers, transforms
+from lightclip_jax.data import captions, datasets, faults, pipeline, sources, tokenizers, transforms
 from lightclip_jax.data.faults import BadRecord
 from lightclip_jax.errors import UserError
 
@@ -247,7 +247,23 @@ def test_what_is_wrong_with_tables(tmp_path):
                                      + b'[' * 100_000)
   assert _open('jsonl', tmp_path / 'x.jsonl', tmp_path)[0].captions == ('x', 'y')
   assert _reasons(_open('jsonl', tmp_path / 'x.jsonl', tmp_path)) == [
-      'good', 'damaged', 'damaged', 'damaged', 'missing', 'bad_caption', 'bad_caption', 'damaged']
+      'good', 'damaged', 'damaged', 'missing', 'bad_caption', 'bad_caption', 'damaged']
+
+
+def test_json_lines_that_are_blank_and_values_that_are_null(tmp_path):
+  # Blank lines were damaged records, and a null hid the caption or the path under the next name.
+  (tmp_path / 'a.jpg').write_bytes(source_files.jpeg(1))
+  rows = [b'', b'{"filepath": "a.jpg", "title": "one"}', b' \t\r', b'',
+          b'{"filepath": null, "image": "a.jpg", "title": null, "text": "two"}', b'{"filepath": "a.jpg", "title": null}', b'', b' ']
+  assert _rows(tmp_path / 'x.jsonl', tmp_path, b'\n'.join(rows)) == ['one', 'two', 'no_caption']
+  assert captions.of_json(b'{"caption": null, "text": "real"}') == ('real',)
+
+
+@pytest.mark.parametrize(('value', 'said'), [(7, 'int 7'), ([{'raw': 'a'}], "dict {'raw': 'a'}"), (['a', 0.5], 'float 0.5')])
+def test_captions_of_another_type_are_called_by_it(value, said):
+  with pytest.raises(BadRecord) as error:
+    captions.of_value(value)
+  assert str(error.value) == f'the caption is not UTF-8 text, or no text but a number or an object ({said})'
 
 
 def _rows(path, tmp_path, text):

@@ -9,7 +9,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, BinaryIO, SupportsIndex
 
 import numpy as np
@@ -188,14 +188,15 @@ def _column(columns: list[str], wanted: str, usual: tuple[str, ...], path: str) 
 
 
 class JsonlSource(TableSource):
-  """One JSON object a line; captions may be a list."""
+  """One JSON object a line, but for blank ones; captions may be a list."""
 
   def _ends_of(self, file: BinaryIO) -> Iterator[int]:
     yield 0
     at = 0
     for line in file:
       at += len(line)
-      yield at
+      if line.strip(b' \t\r\n'):   # JSON's own: blank lines before an object are its row's
+        yield at
 
   def _parse(self, row: bytes) -> tuple[Any, Any]:
     try:
@@ -206,6 +207,6 @@ class JsonlSource(TableSource):
       raise BadRecord('damaged', 'no JSON') from error
     if not isinstance(values, dict):
       raise BadRecord('damaged', 'no JSON object')
-    take: Callable[[str, tuple[str, ...]], Any] = lambda wanted, usual: next(  # noqa: E731
-        (values[name] for name in ((wanted,) if wanted else usual) if name in values), None)
-    return take(self.spec.image_column, IMAGE_COLUMNS), take(self.spec.caption_column, CAPTION_COLUMNS)
+    columns = ((self.spec.image_column, IMAGE_COLUMNS), (self.spec.caption_column, CAPTION_COLUMNS))
+    path, caption = (captions.first(values, (wanted,) if wanted else usual) for wanted, usual in columns)
+    return path, caption
