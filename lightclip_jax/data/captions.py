@@ -15,8 +15,11 @@ def of_value(value: Any) -> tuple[str, ...]:
   """
   texts = value if isinstance(value, (list, tuple)) else [value]
   texts = [_text(text) if isinstance(text, bytes) else text for text in texts if text is not None]
-  if not all(isinstance(text, str) and _has_utf8(text) for text in texts):
-    raise BadRecord('bad_caption')
+  for text in texts:
+    if not isinstance(text, str):
+      raise BadRecord('bad_caption', f'{type(text).__name__} {text!r:.80}')
+    if not _has_utf8(text):
+      raise BadRecord('bad_caption')
   if not (kept := tuple(text.strip() for text in texts if text.strip())):
     raise BadRecord('no_caption')
   return kept
@@ -34,15 +37,17 @@ def of_lines(data: bytes) -> tuple[str, ...]:
 
 
 def of_json(data: bytes, keys: tuple[str, ...] = ('caption', 'captions', 'text', 'title')) -> tuple[str, ...]:
-  """The captions of a JSON object under the first of `keys` that it has. Raises as `of_value`."""
+  """The captions of a JSON object under the first of `keys` that it has, and not as null. Raises as `of_value`."""
   try:
     values = json.loads(_text(data))
   except (ValueError, RecursionError) as error:
     raise BadRecord('damaged', 'no JSON') from error
-  found = [values[key] for key in keys if key in values] if isinstance(values, dict) else []
-  if not found:
-    raise BadRecord('no_caption')
-  return of_value(found[0])
+  return of_value(first(values, keys) if isinstance(values, dict) else None)
+
+
+def first(values: dict[str, Any], keys: tuple[str, ...]) -> Any:
+  """The value of the first key that has one; None if there is none."""
+  return next((values[key] for key in keys if values.get(key) is not None), None)
 
 
 def _text(data: bytes) -> str:

@@ -19,7 +19,7 @@ REASONS = {
     'truncated': 'the image is cut off or corrupt',
     'oversized': 'the image has more pixels than data.max_pixels',
     'no_caption': 'there is no caption',
-    'bad_caption': 'the caption is not UTF-8 text',
+    'bad_caption': 'the caption is not UTF-8 text, or no text but a number or an object',
 }
 ATTEMPTS = 16                  # replacements tried for one example
 _SHOWN = 5                     # records of a kind that are named, before only each tenth, hundredth... is

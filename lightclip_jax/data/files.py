@@ -31,9 +31,14 @@ class Folder:
       raise UserError(f'data folder {self.path!r} {what}')
 
   def files(self, *suffixes: str) -> list[str]:
-    """Names of the files below the folder that end so, sorted; links are not followed."""
+    """Names of the files below the folder that end so, sorted; links are not followed.
+
+    Raises:
+      UserError: if a folder in it cannot be read: what is there would be missing, and nobody would know.
+    """
     if self.local:
-      found = [os.path.relpath(os.path.join(folder, name), self._root) for folder, _, names in os.walk(self._root)
+      found = [os.path.relpath(os.path.join(folder, name), self._root)
+               for folder, _, names in os.walk(self._root, onerror=_refuse)
                for name in names if name.lower().endswith(suffixes)]
       return sorted(name for name in found if not os.path.islink(os.path.join(self._root, name)))
     prefix = self._root.rstrip('/') + '/'
@@ -91,6 +96,10 @@ class Folder:
 
   def __reduce__(self) -> tuple[Any, ...]:
     return Folder, (self.path,)
+
+
+def _refuse(error: OSError) -> None:
+  raise UserError(f'cannot read the folder {error.filename!r}: {error.strerror}; make it readable, or take it out') from error
 
 
 def shards(path: str, suffix: str) -> tuple[Folder, list[str]]:

@@ -12,6 +12,7 @@ import numpy as np
 
 Table = dict[str, np.ndarray]
 FORMAT = 1
+RULES = 2   # by which tars and tables are cut into records: one more wherever an index that was made before would be wrong
 
 
 def digest(value: Any) -> str:

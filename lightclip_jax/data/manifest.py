@@ -48,6 +48,11 @@ class Manifest:
   teacher: Teacher | None = None
   asked: dict[str, Any] = dataclasses.field(default_factory=dict)   # of `convert`; {} also where an older version made it
 
+  @property
+  def max_pixels(self) -> int:
+    """Of an image that `prepare` let through; 0 where it is not known."""
+    return self.asked.get('max_pixels', 0)
+
   def split(self, name: str) -> Split:
     """The named split, or a UserError that lists those there are."""
     if name not in self.splits:

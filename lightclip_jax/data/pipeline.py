@@ -317,9 +317,9 @@ def train_batches(folder: str | storage.Path, options: configs.Data, *, image_si
       process_count=process_count, with_teacher=with_teacher))
 
 
-def evaluation_batches(folder: str | storage.Path, split: str, *, image_size: int, batch_size: int,
-                       process_index: int = 0, process_count: int = 1) -> Iterator[Batch]:
-  """All images of a split once, over all hosts together, in order.
+def evaluation_batches(folder: str | storage.Path, split: str, *, image_size: int, batch_size: int, process_index: int = 0,
+                       process_count: int = 1, max_pixels: int = transforms.MAX_PIXELS) -> Iterator[Batch]:
+  """All images of a split once, over all hosts together, in order. `max_pixels` as for `evaluation_records`.
 
   Yields:
     `image` uint8 [b, S, S, 3] and `index` int64 [b], the record's index in the split; -1 where a batch is padded.
@@ -327,8 +327,8 @@ def evaluation_batches(folder: str | storage.Path, split: str, *, image_size: in
   """
   if batch_size < 1 or batch_size % process_count:
     raise UserError(f'evaluation.batch_size is {batch_size}; it must be a multiple of the {process_count} hosts')
-  source = sources.open_split(folder, split)
-  yield from padded_batches(lambda i: _usable(source, i)[1], len(source), image_size=image_size,
+  source, limit = sources.open_split(folder, split), _limit(folder, max_pixels)
+  yield from padded_batches(lambda i: _usable(source, i, limit)[1], len(source), image_size=image_size,
                             batch_size=batch_size, process_index=process_index, process_count=process_count)
 
 
@@ -358,20 +358,25 @@ def _padded(first: int, images: list[concurrent.futures.Future], share: int, ima
   return batch
 
 
-def evaluation_records(folder: str | storage.Path, split: str) -> list[Record]:
+def evaluation_records(folder: str | storage.Path, split: str, max_pixels: int = transforms.MAX_PIXELS) -> list[Record]:
   """Every record of a split in order, images left encoded: captions, concept, group and style by index.
 
-  One that cannot be used is black and has an empty caption, so that it counts as a mistake.
+  One that cannot be used is black and has an empty caption, so that it counts as a mistake; so is one with more pixels than
+  `max_pixels` and than `prepare` let through.
   """
-  source = sources.open_split(folder, split)
-  return [_usable(source, index)[0] for index in range(len(source))]
+  source, limit = sources.open_split(folder, split), _limit(folder, max_pixels)
+  return [_usable(source, index, limit)[0] for index in range(len(source))]
 
 
-def _usable(source: sources.Source, index: int) -> tuple[Record, np.ndarray]:
+def _limit(folder: str | storage.Path, max_pixels: int) -> int:
+  return max(max_pixels, manifest.load(folder).max_pixels)
+
+
+def _usable(source: sources.Source, index: int, max_pixels: int) -> tuple[Record, np.ndarray]:
   """The record, and its image uint8 RGB [H, W, 3]."""
   try:
     record = source[index]
-    return record, transforms.decode(record.image)
+    return record, transforms.decode(record.image, max_pixels)
   except BadRecord as error:
     print(f'evaluation counts {source.name(index)} as a mistake: {error}', file=sys.stderr, flush=True)
     return Record(f'{index}', transforms.BLACK, ('',)), transforms.decode(transforms.BLACK)

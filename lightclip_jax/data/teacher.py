@@ -102,10 +102,11 @@ def write(folder: str | pathlib.Path, name: str, encoders: Encoders,
   """
   folder = pathlib.Path(folder)
   contents, source = manifest.load(folder), sources.open_split(folder, 'train')
+  limit = max(transforms.MAX_PIXELS, contents.max_pixels)
   if not len(source):
     raise UserError(f'data folder {str(folder)!r} has no training records')
   total = -(-len(source) // RECORDS_AT_A_TIME)
-  parts = ([_read(source, i) for i in range(n * RECORDS_AT_A_TIME, min((n + 1) * RECORDS_AT_A_TIME, len(source)))]
+  parts = ([_read(source, i, limit) for i in range(n * RECORDS_AT_A_TIME, min((n + 1) * RECORDS_AT_A_TIME, len(source)))]
            for n in range(total))
   partial = folder / '.teacher.partial'
   try:
@@ -124,10 +125,10 @@ def write(folder: str | pathlib.Path, name: str, encoders: Encoders,
   return entry
 
 
-def _read(source: sources.Source, index: int) -> tuple[Record, np.ndarray]:
+def _read(source: sources.Source, index: int, max_pixels: int) -> tuple[Record, np.ndarray]:
   try:
     record = source[index]
-    return record, transforms.decode(record.image)
+    return record, transforms.decode(record.image, max_pixels)
   except BadRecord as error:
     raise UserError(f'{source.name(index)} cannot be used: {error}; prepare the data set again') from error
 

@@ -31,17 +31,16 @@ _EXIF_ORIENTATION = 0x112
 cv2.setNumThreads(0)   # the pipeline is parallel over examples; OpenCV's own threads would fight it and the training
 
 
-def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def decode(data: bytes, max_pixels: int | None = MAX_PIXELS) -> np.ndarray:
   """uint8 RGB [H, W, 3] of an encoded image: upright by its EXIF orientation, the first frame where it moves.
 
-  Transparency becomes white, 16 bits become 8, CMYK becomes RGB.
+  Transparency becomes white, 16 bits become 8, CMYK becomes RGB. `max_pixels` is None for what was let through before.
 
   Raises:
     BadRecord: 'empty', 'not_image', 'truncated', or 'oversized' (told from the header, before anything is decoded).
   """
-  height, width = image_shape(data)
-  if height * width > max_pixels:
-    raise BadRecord('oversized', f'{width} x {height}')
+  if max_pixels is not None:
+    _checked_shape(data, max_pixels)
   if data[:2] == _JPEG:
     return _decode_jpeg(data)
   if _is_plain(data):
@@ -52,6 +51,16 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
       alpha = image[..., 3:].astype(np.uint16)
       return ((image[..., 2::-1] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
   return _decode_any(data)
+
+
+def _checked_shape(data: bytes, max_pixels: int) -> tuple[int, int]:
+  """Height and width by the header. Raises BadRecord as `image_shape`, and 'oversized' above `max_pixels`."""
+  if PIL.Image.MAX_IMAGE_PIXELS is not None:   # Pillow's own limit; that of the images inside an icon is no other's
+    PIL.Image.MAX_IMAGE_PIXELS = max(PIL.Image.MAX_IMAGE_PIXELS, max_pixels)
+  height, width = image_shape(data)
+  if height * width > max_pixels:
+    raise BadRecord('oversized', f'{width} x {height}')
+  return height, width
 
 
 def image_shape(data: bytes) -> tuple[int, int]:
@@ -147,11 +156,9 @@ def decode_crop(data: bytes, size: int, rng: np.random.Generator, *, scale: tupl
   Raises:
     BadRecord: as `decode`.
   """
+  height, width = _checked_shape(data, max_pixels)
   if data[:2] != _JPEG or _is_rotated(data):
-    return random_resized_crop(decode(data, max_pixels), size, rng, scale=scale, ratio=ratio)
-  height, width = image_shape(data)
-  if height * width > max_pixels:
-    raise BadRecord('oversized', f'{width} x {height}')
+    return random_resized_crop(decode(data, None), size, rng, scale=scale, ratio=ratio)
   top, left, h, w = crop_box(height, width, rng, scale, ratio)
   image_HxWx3 = _decode_jpeg(data, min_height=math.ceil(height * size / h), min_width=math.ceil(width * size / w))
   # It is decoded at exactly n/8; a part of a pixel that this leaves at the far edges becomes a whole one.

@@ -51,7 +51,8 @@ def evaluate(path: storage.Path, chosen: Mapping[str, tasks.Task], out: str, *, 
   if datasets.is_prepared(name):   # the checkpoint has its tokenizer; the file need not be there any more
     options = dataclasses.replace(options, tokenizer='')
   folder = functools.partial(datasets.resolve, name, options)
-  session = Session(embedder, folder, templates=templates, token_matching=config.objective.token_matching)
+  session = Session(embedder, folder, templates=templates, token_matching=config.objective.token_matching,
+                    max_pixels=config.data.max_pixels)
   chosen = chosen or evaluation.of_splits(config.evaluation.splits) | tasks.choose(config.evaluation.tasks)
   found = evaluation.run_each(session, chosen, debug)
   # First: what took hours must not be lost where the files cannot be written.

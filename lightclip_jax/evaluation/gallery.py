@@ -65,7 +65,7 @@ def choose(keys: list[str], right_N: np.ndarray, count: int) -> list[int]:
 
 def picture(record: Record, size: int) -> Picture:
   """A record's, `size` pixels wide and high."""
-  image = transforms.evaluation_transform(transforms.decode(record.image), size)
+  image = transforms.evaluation_transform(transforms.decode(record.image, None), size)
   return Picture(image, record.concept, record.style, record.licence)
 
 

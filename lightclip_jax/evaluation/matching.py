@@ -34,7 +34,8 @@ def make_matchings(session: Session, split: str, *, count: int = 8) -> list[Matc
   chosen = [i for i in choose(keys, several, len(keys)) if several[i]][:count]
   if not chosen:
     return []
-  embedder, options, decoded = session.embedder, session.token_matching, [transforms.decode(records[i].image) for i in chosen]
+  embedder, options = session.embedder, session.token_matching
+  decoded = [transforms.decode(records[i].image, None) for i in chosen]
   images = np.stack([transforms.evaluation_transform(image, embedder.image_size) for image in decoded])
   tokens_NxW = embedder.tokenizer.encode([records[i].captions[0] for i in chosen], embedder.context)
   mask_NxW = embedder.tokenizer.word_mask(tokens_NxW)

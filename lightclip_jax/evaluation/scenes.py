@@ -85,5 +85,5 @@ def _scene(records: list[Record], cells: list[tuple[int, int]], tokenizer: Token
 
 def draw(records: list[Record], cells: list[tuple[int, int]], size: int) -> np.ndarray:
   """uint8 [S, S, 3]: each image fills its cell of the grid; white elsewhere."""
-  images = (transforms.evaluation_transform(transforms.decode(record.image), size // GRID) for record in records)
+  images = (transforms.evaluation_transform(transforms.decode(record.image, None), size // GRID) for record in records)
   return transforms.mosaic(list(images), cells, size)

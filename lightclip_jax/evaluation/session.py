@@ -32,16 +32,18 @@ class Session:
   """
 
   def __init__(self, embedder: Embedder, folder: Folder, *, templates: prompts.Choice = prompts.OWN,
-               token_matching: config_lib.TokenMatching = config_lib.TokenMatching()):  # noqa: B008 (frozen)
+               token_matching: config_lib.TokenMatching = config_lib.TokenMatching(),  # noqa: B008 (frozen)
+               max_pixels: int = transforms.MAX_PIXELS):
     """
     Args:
       embedder: the model.
       folder: a prepared one, or what finds it when a task first needs it (many tasks need none).
       templates: the user's templates instead of the tasks' own.
       token_matching: how patches and words are matched.
+      max_pixels: `data.max_pixels`; a larger image of the folder is a mistake.
     """
     self.embedder, self.token_matching, self.prompts = embedder, token_matching, {}
-    self._folder, self._templates = folder, templates
+    self._folder, self._templates, self._max_pixels = folder, templates, max_pixels
     self._texts: dict[str, np.ndarray] = {}
     self._images: dict[str, np.ndarray] = {}
     self.records = functools.cache(self._records)
@@ -59,7 +61,7 @@ class Session:
   def part(self, split: str) -> Part:
     """The images of a split of the folder, all of class 0."""
     records = self.records(split)
-    return Part(split, lambda i: transforms.decode(records[i].image), np.zeros(len(records), np.int64))
+    return Part(split, lambda i: transforms.decode(records[i].image, None), np.zeros(len(records), np.int64))
 
   def images(self, split: str) -> np.ndarray:
     """float32 [N, D] of a split."""
@@ -91,7 +93,7 @@ class Session:
 
   def _records(self, split: str) -> list[Record]:
     """The records of a split of the folder, in order."""
-    return pipeline.evaluation_records(self.folder, split)
+    return pipeline.evaluation_records(self.folder, split, self._max_pixels)
 
   def batches(self, part: Part) -> Iterable[Mapping[str, np.ndarray]]:
     """This process's share of the part's images, padded to static shapes."""

@@ -103,9 +103,10 @@ def _records(towers: Towers, folder: pathlib.Path) -> Sequence:
   splits = [s for s in towers.loaded.config.evaluation.splits if s in manifest.load(folder).splits]
   if not splits:
     raise UserError(f'{str(folder)!r} has none of the splits {", ".join(towers.loaded.config.evaluation.splits)}')
-  return pipeline.evaluation_records(folder, PREFERRED if PREFERRED in splits else splits[0])
+  split = PREFERRED if PREFERRED in splits else splits[0]
+  return pipeline.evaluation_records(folder, split, towers.loaded.config.data.max_pixels)
 
 
 def _images(towers: Towers, records: Sequence) -> np.ndarray:
   size = towers.image_item.shape[0]
-  return np.stack([transforms.evaluation_transform(transforms.decode(record.image), size) for record in records])
+  return np.stack([transforms.evaluation_transform(transforms.decode(record.image, None), size) for record in records])

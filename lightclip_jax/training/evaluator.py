@@ -68,7 +68,8 @@ class Evaluator:
     return Session(Embedder(self._model, self._config.model, variables, self._tokenizer,
                             sharding=sharding.batch_sharding(self._mesh), batch_size=self._config.evaluation.batch_size,
                             moved=self._moved),
-                   self._folder, token_matching=self._config.objective.token_matching)
+                   self._folder, token_matching=self._config.objective.token_matching,
+                   max_pixels=self._config.data.max_pixels)
 
   def _measure(self, session: Session) -> list[metrics.Metric]:
     return evaluate.run(session, self._tasks)

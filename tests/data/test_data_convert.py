@@ -7,10 +7,11 @@ import pytest
 import source_files
 
 from lightclip_jax import prepare
-from lightclip_jax.data import captions, convert, datasets, manifest, pipeline, sources, tokenizers, transforms, writer
+from lightclip_jax.data import captions, convert, datasets, manifest, pipeline, sources, teacher, tokenizers, transforms, writer
 from lightclip_jax.data.faults import BadRecord
 from lightclip_jax.data.records import Record
 from lightclip_jax.errors import UserError
+from lightclip_jax.evaluation.session import Session
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +30,22 @@ def _prepare(tmp_path, *flags, kind='webdataset', out='out'):
   path = source_files.WRITERS[kind](tmp_path / 'in', _rows()).partition(':')[2]
   prepare.main(prepare.parse([kind, path, f'--out={tmp_path / out}', '--vocab_size=80', *flags]))
   return tmp_path / out
+
+
+def test_what_was_let_through_is_evaluated_and_seen_by_a_teacher(tmp_path, monkeypatch):
+  # Pictures of more than 67 million pixels were mistakes, and ended `prepare teacher`, whatever --max_pixels had been.
+  out = _prepare(tmp_path, '--holdout_every=4', '--processes=1', '--max_pixels=30000')
+  monkeypatch.setattr(transforms, 'MAX_PIXELS', 100)
+  encoders = [lambda rows: np.ones((len(rows), 3))] * 2
+  teacher.write(out, 'tutor', encoders, lambda parts, total: parts)
+  session = Session(None, out, max_pixels=100)
+  assert session.part('heldout').read(0).size > 300
+  dataclasses.replace(manifest.load(out), asked={}).save(out)   # as others make it
+  for limit, black in ((30000, False), (100, True)):
+    records = Session(None, out, max_pixels=limit).records('heldout')
+    assert all((record.image == transforms.BLACK) == black for record in records)
+  with pytest.raises(UserError, match='the image has more pixels than'):
+    teacher.write(out, 'tutor', encoders, lambda parts, total: parts)
 
 
 def test_what_is_kept_and_what_is_counted(tmp_path, capsys):

@@ -16,7 +16,7 @@ import pytest
 import source_files
 
 from lightclip_jax import config
-from lightclip_jax.data import datasets, faults, pipeline, sources, tokenizers, transforms
+from lightclip_jax.data import captions, datasets, faults, pipeline, sources, tokenizers, transforms
 from lightclip_jax.data.faults import BadRecord
 from lightclip_jax.errors import UserError
 
@@ -75,7 +75,8 @@ def _csv(folder, rows, kind='csv', separator=b','):
 
 
 def _tsv(folder, rows):
-  return _csv(folder, rows, 'tsv', b'\t')
+  # A line of a caption that has as many tabs as the header would be a row.
+  return _csv(folder, [(reason, image, caption.replace(b'\t', b' ')) for reason, image, caption in rows], 'tsv', b'\t')
 
 
 def _jsonl(folder, rows):
@@ -216,6 +217,22 @@ def test_what_is_wrong_with_tars(tmp_path):
   assert _reasons(_open('webdataset', tmp_path, tmp_path)) == []
 
 
+def test_keys_with_dots(tmp_path):
+  # Samples whose names have a dot, such as photo.1.jpg or www.site.com_7.jpg, were no records, and not counted.
+  files = {'photo.1.jpg': b'1', 'photo.1.txt': b'one',
+           'a.b/www.site.com_7.JPG': b'2', 'a.b/www.site.com_7.json': b'{"text": "two"}',
+           'whole.jpg': b'3', 'whole.mask.png': b'-', 'whole.clip.npy': b'-', 'whole.txt': b'three', 'alone.2.png': b'-',
+           '._whole.jpg': b'-', '._whole.txt': b'-', './._photo.1.jpg': b'-', 'no_dot': b'-', 'v1.2/no_dot': b'-'}
+  with tarfile.open(tmp_path / 'x.tar', 'w') as tar:
+    for name, data in files.items():
+      source_files.add(tar, name, data)
+  source = _open('webdataset', tmp_path, tmp_path)
+  assert [source.name(i).partition('/')[2] for i in range(len(source))] == ['photo.1', 'a.b/www.site.com_7', 'whole', 'alone.2']
+  assert [(source[i].image, source[i].captions) for i in range(3)] == [(b'1', ('one',)), (b'2', ('two',)), (b'3', ('three',))]
+  with pytest.raises(BadRecord, match='there is no caption'):
+    source[3]
+
+
 def test_what_is_wrong_with_tables(tmp_path):
   (tmp_path / 'a.jpg').write_bytes(source_files.jpeg(1))
   os.mkfifo(tmp_path / 'pipe.jpg')
@@ -230,7 +247,59 @@ def test_what_is_wrong_with_tables(tmp_path):
                                      + b'[' * 100_000)
   assert _open('jsonl', tmp_path / 'x.jsonl', tmp_path)[0].captions == ('x', 'y')
   assert _reasons(_open('jsonl', tmp_path / 'x.jsonl', tmp_path)) == [
-      'good', 'damaged', 'damaged', 'damaged', 'missing', 'bad_caption', 'bad_caption', 'damaged']
+      'good', 'damaged', 'damaged', 'missing', 'bad_caption', 'bad_caption', 'damaged']
+
+
+def test_json_lines_that_are_blank_and_values_that_are_null(tmp_path):
+  # Blank lines were damaged records, and a null hid the caption or the path under the next name.
+  (tmp_path / 'a.jpg').write_bytes(source_files.jpeg(1))
+  rows = [b'', b'{"filepath": "a.jpg", "title": "one"}', b' \t\r', b'',
+          b'{"filepath": null, "image": "a.jpg", "title": null, "text": "two"}', b'{"filepath": "a.jpg", "title": null}', b'', b' ']
+  assert _rows(tmp_path / 'x.jsonl', tmp_path, b'\n'.join(rows)) == ['one', 'two', 'no_caption']
+  assert captions.of_json(b'{"caption": null, "text": "real"}') == ('real',)
+
+
+@pytest.mark.parametrize(('value', 'said'), [(7, 'int 7'), ([{'raw': 'a'}], "dict {'raw': 'a'}"), (['a', 0.5], 'float 0.5')])
+def test_captions_of_another_type_are_called_by_it(value, said):
+  with pytest.raises(BadRecord) as error:
+    captions.of_value(value)
+  assert str(error.value) == f'the caption is not UTF-8 text, or no text but a number or an object ({said})'
+
+
+def _rows(path, tmp_path, text):
+  """Caption or reason of each row of a table."""
+  path.write_bytes(text)
+  source = _open(path.suffix[1:], path, tmp_path)
+  return [source[i].captions[0] if what == 'good' else what for i, what in enumerate(_reasons(source))]
+
+
+def test_stray_quotes_of_a_tsv_are_letters(tmp_path):
+  # One at the start of a caption took in all rows up to the next one.
+  (tmp_path / 'a.jpg').write_bytes(source_files.jpeg(1))
+  head = b'filepath\ttitle\n'
+  rows = [b'"hello world', b'foo', b'bar 5"', b'"Best" day ever', b'a "b" c', b'"quoted ""well"""',
+          b'"two\nlines\n\n""four"""', b'""']
+  said = ['"hello world', 'foo', 'bar 5"', '"Best" day ever', 'a "b" c', 'quoted "well"', 'two\nlines\n\n"four"', 'no_caption']
+  for line_end in (b'\n', b'\r\n', b'\n\n'):
+    assert _rows(tmp_path / 'x.tsv', tmp_path, line_end + head + line_end.join(b'a.jpg\t' + row for row in rows)) == said
+  assert _rows(tmp_path / 'x.tsv', tmp_path, head + b'a.jpg\tone\na.jpg\t"never\nclosed\n\n') == ['one', 'damaged']
+  assert _rows(tmp_path / 'x.tsv', tmp_path, head + b'a.jpg\tone\ttwo\na.jpg\na.jpg\tb\n') == ['damaged', 'damaged', 'b']
+
+
+def test_rows_of_another_number_of_columns_are_damaged(tmp_path):
+  # A caption with a comma that is not quoted was cut off there.
+  (tmp_path / 'a.jpg').write_bytes(source_files.jpeg(1))
+  rows = b'a.jpg,"a cat, asleep"\na.jpg,a cat, asleep\n\na.jpg,a cat\na.jpg,a\ra.jpg,b\n'
+  assert _rows(tmp_path / 'x.csv', tmp_path, b'filepath,title\n' + rows) == ['a cat, asleep', 'damaged', 'a cat', 'damaged']
+  with pytest.raises(BadRecord, match='3 columns, the header has 2'):
+    _open('csv', tmp_path / 'x.csv', tmp_path)[1]
+
+
+@pytest.mark.parametrize('text', [b'filepath,title\ra.jpg,a\r', b'filepath\ttitle\ra.jpg\ta\r'])
+def test_lines_that_end_with_cr_alone_are_one_line(tmp_path, text):
+  # They were a header alone, of a table without records.
+  with pytest.raises(UserError, match='^the lines of .*x.csv. end with CR alone, as on old Macs; save it with LF or CRLF$'):
+    _rows(tmp_path / 'x.csv', tmp_path, text)
 
 
 @pytest.mark.parametrize('kind', fuzz.FORMATS)

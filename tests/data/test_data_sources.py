@@ -94,6 +94,24 @@ def test_a_worker_of_a_folder_whose_list_is_gone(tmp_path):
   assert len(sources.SOURCES['folder'](spec)) == 3
 
 
+@pytest.mark.parametrize('kind', ['webdataset', 'csv', 'tsv', 'jsonl', 'parquet'])
+def test_a_worker_of_a_source_that_has_changed(tmp_path, kind):
+  # It read other records under the same numbers, and said nothing.
+  for name, count in (('before', 5), ('after', 9)):
+    (tmp_path / name).mkdir()
+    source_files.WRITERS[kind](tmp_path / name, source_files.pairs(count))
+  before = tmp_path / 'before'
+  path = str(before if kind in ('webdataset', 'parquet') else before / f'pairs.{kind}')
+  source = sources.SOURCES[kind](sources.Spec(kind, path, index=str(tmp_path / 'index')))
+  worker = pickle.dumps(pickle.loads(pickle.dumps(source)))
+  assert [pickle.loads(worker)[i] for i in range(5)] == [source[i] for i in range(5)]
+  shutil.rmtree(before)
+  (tmp_path / 'after').rename(before)
+  for read in (len, lambda again: again[0], lambda again: again.name(0)):
+    with pytest.raises(UserError, match=f"^'{path}' has changed while it was read; start again$"):
+      read(pickle.loads(worker))
+
+
 @pytest.mark.parametrize('kind', [*source_files.WRITERS, 'mixture'])
 def test_order_resume_hosts_and_epochs(made, kind):
   names, options = made[0], _options(made, kind)
@@ -298,6 +316,31 @@ def test_nothing_outside_the_folder_is_opened(tmp_path, name, monkeypatch):
   assert error.value.reason == 'outside' and [os.path.basename(path) for path in opened] == ['x.csv']
 
 
+def test_captions_beside_pictures_in_capitals(tmp_path):
+  # IMG_0.JPG was an image and IMG_0.TXT no caption of it.
+  for name, text in {'0.TXT': 'zero', '1.JSON': '{"text": "one"}', '2.txt': 'two', '2.TXT': 'not this'}.items():
+    (tmp_path / name).write_text(text)
+    (tmp_path / f'{name[0]}.JPG').write_bytes(source_files.jpeg(0))
+  source = sources.SOURCES['folder'](sources.Spec('folder', str(tmp_path), index=str(tmp_path / 'index')))
+  assert [source[i].captions for i in range(len(source))] == [('zero',), ('one',), ('two',)]
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+  # It was skipped, so that its pictures were missing from the data set.
+  source_files.write_folder(tmp_path, source_files.pairs(2))
+  real = os.scandir
+
+  def scandir(path):   # root, as whom tests may run, reads folders of mode 000 too
+    if os.path.basename(path) == 'images':
+      raise PermissionError(13, 'Permission denied', path)
+    return real(path)
+
+  monkeypatch.setattr(os, 'scandir', scandir)
+  for kind in ('folder', 'webdataset', 'parquet'):
+    with pytest.raises(UserError, match=f"^cannot read the folder '{tmp_path}/images': Permission denied; make it readable, or"):
+      sources.SOURCES[kind](sources.Spec(kind, str(tmp_path), index=str(tmp_path / 'index')))
+
+
 @pytest.mark.parametrize('labels', [False, True])
 def test_tfds_without_tensorflow(tmp_path, made, labels):
   import tensorflow_datasets as tfds
@@ -317,6 +360,25 @@ def test_tfds_without_tensorflow(tmp_path, made, labels):
   assert [(record.image, record.captions) for record in map(source.__getitem__, range(6))] == expected
   assert pickle.loads(pickle.dumps(source))[5] == source[5]
   assert len(_take(_batches((names, options), 't', options=options), 2)) == 2
+
+
+def _tfds_labels(folder, feature, value):
+  import tensorflow_datasets as tfds
+  features = tfds.features.FeaturesDict({'image': tfds.features.Image(encoding_format='jpeg'), 'kind': feature})
+  source_files.write_tfds(folder, [{'image': source_files.jpeg(0), 'kind': value}], features)
+  return sources.SOURCES['tfds'](sources.Spec('tfds', 'tiny_pairs', caption_column='kind', image_root=str(folder)))
+
+
+def test_tfds_labels_of_another_name_without_one_and_without_names(tmp_path):
+  # -1, which means no label, got the last class's name, and labels under another name were "not UTF-8 text".
+  import tensorflow_datasets as tfds
+  named = tfds.features.ClassLabel(names=['red_fox', 'dog'])
+  assert _tfds_labels(tmp_path / 'named', named, 0)[0].concept == 'red fox'
+  for number in (-1, 2):
+    with pytest.raises(BadRecord, match=f'there is no caption .label {number}.'):
+      _tfds_labels(tmp_path / str(number), named, number)[0]
+  with pytest.raises(UserError, match="^'kind' of the TFDS set 'tiny_pairs' is int64 without names; captions must be text or"):
+    _tfds_labels(tmp_path / 'number', tfds.features.Scalar(np.int64), 0)
 
 
 @pytest.mark.parametrize(('name', 'said'), [
@@ -351,6 +413,9 @@ def test_what_does_not_fit_is_one_line(made, tmp_path):
     datasets.resolve(names['csv'])
   with pytest.raises(UserError, match='needs 2 numbers above 0'):
     datasets.resolve(f'{names["csv"]} + {names["csv"]}', config.replace(options, weights=(1.0,)))
+  (tmp_path / 'empty.csv').write_text('filepath,title\n')
+  with pytest.raises(UserError, match=f'^csv:{tmp_path}/empty.csv has no training records to draw; leave it and its weight out$'):
+    datasets.resolve(f'{names["csv"]} + csv:{tmp_path}/empty.csv', config.replace(options, weights=(1.0, 1.0)))
   with pytest.raises(UserError, match='has no column words; it has: filepath, title'):
     datasets.resolve(names['csv'], config.replace(options, caption_column='words'))
   with pytest.raises(UserError, match='has no .tar files'):

@@ -188,6 +188,19 @@ def test_shapes_and_the_pixel_cap_are_read_from_headers(kind):
       read()
 
 
+@pytest.mark.parametrize('kind', ['TIFF', 'JPEG', 'GIF'])
+def test_pillows_own_limit_gives_way_to_a_larger_one(kind, monkeypatch):
+  # Such images were 'oversized' whatever data.max_pixels was, or lay on their side, since their EXIF data were not read.
+  monkeypatch.setattr(PIL.Image, 'MAX_IMAGE_PIXELS', 100)
+  exif = PIL.Image.Exif()
+  exif[0x112] = 6
+  data = _encoded(PIL.Image.fromarray(_noise(20, 30)), kind, **({'exif': exif} if kind == 'JPEG' else {}))
+  with pytest.raises(ValueError, match='more pixels than data.max_pixels'):
+    transforms.decode(data, 599)
+  assert transforms.decode(data, 600).shape == ((30, 20, 3) if kind == 'JPEG' else (20, 30, 3))
+  assert PIL.Image.MAX_IMAGE_PIXELS == 600
+
+
 @pytest.mark.parametrize('shape', [(1, 5000), (5000, 1), (40, 16 * 40), (3, 49)])
 def test_the_middle_of_a_long_picture_is_enough(shape):
   image = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)

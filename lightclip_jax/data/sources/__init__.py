@@ -51,6 +51,7 @@ def open_parts(about: dict[str, Any], split: str) -> Source:
   """The split of sources that a manifest names: {'parts': [...], 'weights': [...], 'holdout_every': int}.
 
   Splits other than `train`, and `HELDOUT` where records are held out here, are those of the first prepared folder alone.
+  UserError if there is no such source, or one with a weight has no record.
   """
   every = about['holdout_every']
   if split != 'train' and not (split == HELDOUT and every):
@@ -59,6 +60,9 @@ def open_parts(about: dict[str, Any], split: str) -> Source:
   for values in about['parts']:
     source = SOURCES[values['kind']](Spec(**values))
     parts.append(Part(source, every, split == HELDOUT) if every else source)
+  for values, part in zip(about['parts'], parts, strict=True):
+    if about['weights'] and split == 'train' and not len(part):
+      raise UserError(f'{values["kind"]}:{values["path"]} has no training records to draw; leave it and its weight out')
   return parts[0] if len(parts) == 1 else MixtureSource(parts, tuple(about['weights']))
 
 

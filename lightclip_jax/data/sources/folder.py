@@ -60,14 +60,14 @@ class FolderSource:
     return Record(key_of(name), self._folder.read(name), self._captions(os.path.splitext(name)[0]))
 
   def _captions(self, stem: str) -> tuple[str, ...]:
-    for suffix, parse in (('.txt', captions.of_lines), ('.json', captions.of_json)):
+    for suffix in ('.txt', '.json', '.TXT', '.JSON'):   # as cameras and Windows programs name files, and their pictures
       try:
         data = self._folder.read(stem + suffix)
       except BadRecord as error:
         if error.reason == 'missing':
           continue
         raise
-      return parse(data)
+      return captions.of_json(data) if suffix.lower() == '.json' else captions.of_lines(data)
     raise BadRecord('no_caption')
 
   def __reduce__(self) -> tuple[Any, ...]:

@@ -15,6 +15,7 @@ import pyarrow.parquet
 from lightclip_jax.data import captions, files, indexes
 from lightclip_jax.data.faults import BadRecord
 from lightclip_jax.data.records import Record
+from lightclip_jax.data.sources.reopened import Reopened
 from lightclip_jax.data.sources.spec import Spec
 from lightclip_jax.errors import UserError
 
@@ -86,7 +87,7 @@ class ParquetSource:
     return Record(f'{index}', image, captions.of_value(caption))
 
   def __reduce__(self) -> tuple[Any, ...]:
-    return ParquetSource, (self.spec,)
+    return Reopened, (ParquetSource, self.spec, self.fingerprint)
 
 
 def _column(names: list[str], wanted: str, usual: tuple[str, ...], file: str) -> str:

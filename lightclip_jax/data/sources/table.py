@@ -5,9 +5,11 @@ Only the place of each row is kept; a row is read and parsed when its record is 
 import codecs
 import csv
 import io
+import itertools
 import json
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Iterator
 from typing import Any, BinaryIO, SupportsIndex
 
 import numpy as np
@@ -16,11 +18,14 @@ from lightclip_jax.data import captions, indexes
 from lightclip_jax.data.faults import BadRecord
 from lightclip_jax.data.files import Folder
 from lightclip_jax.data.records import Record
+from lightclip_jax.data.sources.reopened import Reopened
 from lightclip_jax.data.sources.spec import Spec
 from lightclip_jax.errors import UserError
 
 IMAGE_COLUMNS = ('filepath', 'image', 'image_path', 'file_name', 'path')
 CAPTION_COLUMNS = ('title', 'caption', 'captions', 'text')
+_OPEN_QUOTE = re.compile(rb'(?:^|\t)"(?:[^"]|"")*\Z')   # at the start of a field, and not closed
+_TSV_FIELD = re.compile(r'(?:^|\t)(?:"((?:[^"]|"")*)"(?=\t|\Z)|([^\t]*))')
 _UTF16 = codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE
 
 
@@ -36,10 +41,10 @@ class TableSource:
     try:
       stamp = self._folder.stamp(self._file)
       self._check_utf8()
-      self._ends = indexes.stored(spec.index, stamp, lambda: {'ends': self._row_ends()})['ends']
+      self._ends = indexes.stored(spec.index, [indexes.RULES, stamp], lambda: {'ends': self._row_ends()})['ends']
     except (OSError, BadRecord) as error:
       raise UserError(f'cannot read {spec.path!r}: {error}') from error
-    self.fingerprint = indexes.digest([stamp[:2]])
+    self.fingerprint = indexes.digest([indexes.RULES, stamp[:2]])
     self._open()
 
   def _check_utf8(self) -> None:
@@ -78,7 +83,7 @@ class TableSource:
     return Record(f'{int(index)}/{path}', self._images.read(path), texts)
 
   def __reduce__(self) -> tuple[Any, ...]:
-    return type(self), (self.spec,)
+    return Reopened, (type(self), self.spec, self.fingerprint)
 
 
 class CsvSource(TableSource):
@@ -86,40 +91,75 @@ class CsvSource(TableSource):
 
   def _open(self) -> None:
     end = int(self._ends[0]) if len(self._ends) else 0
-    header = self._folder.read(self._file, 0, end).decode('utf-8-sig', 'replace')
-    self._separator = '\t' if '\t' in header else ','
+    header = self._folder.read(self._file, 0, end).decode('utf-8-sig', 'replace').strip('\r\n')
+    if '\r' in header.replace('\r\n', ''):
+      raise UserError(f'the lines of {self.spec.path!r} end with CR alone, as on old Macs; save it with LF or CRLF')
+    self._is_tsv = '\t' in header
     try:
-      columns = next(csv.reader(io.StringIO(header, newline=''), delimiter=self._separator), [])
+      columns = _tsv_fields(header) if self._is_tsv else next(csv.reader(io.StringIO(header, newline='')), [])
     except csv.Error as error:
       raise UserError(f'{self.spec.path!r} has no header that can be read: {error}') from error
+    self._columns = len(columns)
     self._image = _column(columns, self.spec.image_column, IMAGE_COLUMNS, self.spec.path)
     self._caption = _column(columns, self.spec.caption_column, CAPTION_COLUMNS, self.spec.path)
 
   def _ends_of(self, file: BinaryIO) -> Iterator[int]:
     """After each row; the header's end comes first. A row may have line breaks inside quotes."""
-    lines = _Lines(file)
-    separator = '\t' if b'\t' in file.peek(1 << 16).split(b'\n', 1)[0] else ','
-    while True:
-      reader = csv.reader(lines, delimiter=separator)
-      try:
-        for row in reader:
-          if row:
-            yield lines.at
-        return
-      except csv.Error:   # an endless quoted field: that row is lost, the next line is looked at anew
-        yield lines.at
+    is_tsv = b'\t' in file.peek(1 << 16).lstrip(b'\r\n').split(b'\n', 1)[0]
+    return _tsv_ends(file) if is_tsv else _csv_ends(file)
 
   def _parse(self, row: bytes) -> tuple[Any, Any]:
     try:
-      rows = csv.reader(io.StringIO(row.decode('utf-8'), newline=''), delimiter=self._separator, strict=True)
-      values = next((values for values in rows if values), [])   # empty lines before it are the row's
+      text = row.decode('utf-8').strip('\r\n')   # empty lines before it are the row's
+      rows = [_tsv_fields(text)] if self._is_tsv else csv.reader(io.StringIO(text, newline=''), strict=True)
+      values = list(itertools.chain.from_iterable(rows))   # a CR between two rows joins them, and is seen by their columns
     except UnicodeDecodeError as error:
       raise BadRecord('bad_caption') from error
     except csv.Error as error:
       raise BadRecord('damaged', str(error)) from error
-    if len(values) <= max(self._image, self._caption):
-      raise BadRecord('damaged', f'{len(values)} columns')
+    if len(values) != self._columns:   # as where a caption with a comma is not quoted, which would lose its end
+      raise BadRecord('damaged', f'{len(values)} columns, the header has {self._columns}')
     return values[self._image], values[self._caption]
+
+
+def _csv_ends(file: BinaryIO) -> Iterator[int]:
+  lines = _Lines(file)
+  while True:
+    try:
+      for row in csv.reader(lines):
+        if row:
+          yield lines.at
+      return
+    except csv.Error:   # an endless quoted field: that row is lost, the next line is looked at anew
+      yield lines.at
+
+
+def _tsv_ends(file: BinaryIO) -> Iterator[int]:
+  """A quoted field goes on until its quote is closed, or until a line with as many tabs as the header has.
+
+  That is the next row: in many a TSV quotes mean nothing, and one that nobody closes would take in the rows after it.
+  """
+  tabs, at, end, is_open = -1, 0, 0, False
+  for line in file:
+    at += len(line)
+    if is_open and line.count(b'\t') != tabs:
+      is_open ^= line.count(b'"') % 2
+      end = at
+    elif line.strip(b'\r\n'):
+      if end:
+        yield end
+      is_open, end = _OPEN_QUOTE.search(line) is not None, at
+      tabs = line.count(b'\t') if tabs < 0 else tabs
+  if end:
+    yield end
+
+
+def _tsv_fields(row: str) -> list[str]:
+  """Quotes that do not enclose a whole field are letters. Raises csv.Error where one is not closed on the lines after it."""
+  fields = [(field[1], field[2]) for field in _TSV_FIELD.finditer(row)]
+  if any(plain and '\n' in plain for _, plain in fields):
+    raise csv.Error('a quote is not closed')
+  return [plain if quoted is None else quoted.replace('""', '"') for quoted, plain in fields]
 
 
 class _Lines:
@@ -148,14 +188,15 @@ def _column(columns: list[str], wanted: str, usual: tuple[str, ...], path: str) 
 
 
 class JsonlSource(TableSource):
-  """One JSON object a line; captions may be a list."""
+  """One JSON object a line, but for blank ones; captions may be a list."""
 
   def _ends_of(self, file: BinaryIO) -> Iterator[int]:
     yield 0
     at = 0
     for line in file:
       at += len(line)
-      yield at
+      if line.strip(b' \t\r\n'):   # JSON's own: blank lines before an object are its row's
+        yield at
 
   def _parse(self, row: bytes) -> tuple[Any, Any]:
     try:
@@ -166,6 +207,6 @@ class JsonlSource(TableSource):
       raise BadRecord('damaged', 'no JSON') from error
     if not isinstance(values, dict):
       raise BadRecord('damaged', 'no JSON object')
-    take: Callable[[str, tuple[str, ...]], Any] = lambda wanted, usual: next(  # noqa: E731
-        (values[name] for name in ((wanted,) if wanted else usual) if name in values), None)
-    return take(self.spec.image_column, IMAGE_COLUMNS), take(self.spec.caption_column, CAPTION_COLUMNS)
+    columns = ((self.spec.image_column, IMAGE_COLUMNS), (self.spec.caption_column, CAPTION_COLUMNS))
+    path, caption = (captions.first(values, (wanted,) if wanted else usual) for wanted, usual in columns)
+    return path, caption

@@ -4,6 +4,8 @@ Named NAME[/CONFIG][:VERSION][@SPLIT]; a class label becomes concept and caption
 """
 from typing import Any, SupportsIndex
 
+import numpy as np
+
 from lightclip_jax.data import captions, indexes
 from lightclip_jax.data.faults import BadRecord
 from lightclip_jax.data.records import Record
@@ -18,7 +20,7 @@ class TfdsSource:
   """Random access to one split, images left encoded. `data.image_root` is TFDS' data folder; '': TFDS' own."""
 
   def __init__(self, spec: Spec):
-    """Raises UserError if the set is not prepared as ArrayRecord, or has neither captions nor labels."""
+    """Raises UserError if the set is not prepared as ArrayRecord, or has neither captions nor labels with names."""
     import tensorflow_datasets as tfds  # a second to import
     self.spec = spec
     name, _, split = spec.path.partition('@')
@@ -26,12 +28,15 @@ class TfdsSource:
       builder = tfds.builder(name, data_dir=spec.image_root or None, file_format='array_record')
       self._image = spec.image_column or _IMAGE_FEATURE
       self._caption = self._caption_feature(builder.info.features, spec.caption_column)
+      feature = builder.info.features[self._caption]
+      self._names = feature.names if isinstance(feature, tfds.features.ClassLabel) else []
+      if not self._names:
+        self._check_texts(feature.np_dtype)
       self._data = builder.as_data_source(split or 'train', decoders={self._image: tfds.decode.SkipDecoding()})
     except UserError:
       raise
     except Exception as error:   # TFDS has no error of its own
       raise UserError(f'cannot read the TFDS set {spec.path!r} ({str(error).strip().splitlines()[0]})') from error
-    self._labels = builder.info.features[self._caption] if self._caption == _LABEL_FEATURE else None
     self.fingerprint = indexes.digest([builder.info.full_name, split, len(self._data)])
 
   def _caption_feature(self, features: Any, wanted: str) -> str:
@@ -39,6 +44,12 @@ class TfdsSource:
       if name in features:
         return name
     raise UserError(f'the TFDS set {self.spec.path!r} has no {wanted or "captions or label"}; it has: {", ".join(features)}')
+
+  def _check_texts(self, dtype: Any) -> None:
+    """`dtype`: NumPy's, or a dict where the feature has several parts, as COCO's captions."""
+    if not isinstance(dtype, dict) and np.dtype(dtype).kind not in 'OSU':
+      raise UserError(f'{self._caption!r} of the TFDS set {self.spec.path!r} is {np.dtype(dtype)} without names; '
+                      'captions must be text or a class label')
 
   def __len__(self) -> int:
     return len(self._data)
@@ -55,8 +66,10 @@ class TfdsSource:
       raise BadRecord('damaged', str(error).strip().splitlines()[0] if str(error).strip() else '') from error
     if not isinstance(image, bytes):
       raise BadRecord('damaged', 'the image is not encoded')
-    if self._labels is not None:
-      concept = self._labels.int2str(int(value)).replace('_', ' ')
+    if self._names:
+      if not 0 <= value < len(self._names):    # -1 is TFDS' for no label, and a list's for its last name
+        raise BadRecord('no_caption', f'label {value}')
+      concept = self._names[int(value)].replace('_', ' ')
       return Record(f'{int(index)}', image, (concept,), concept=concept)
     return Record(f'{int(index)}', image, captions.of_value(_texts(value)))
 

@@ -11,6 +11,7 @@ import tqdm
 from lightclip_jax.data import captions, files, indexes
 from lightclip_jax.data.faults import REASONS, BadRecord
 from lightclip_jax.data.records import Record, key_of
+from lightclip_jax.data.sources.reopened import Reopened
 from lightclip_jax.data.sources.spec import Spec
 from lightclip_jax.errors import UserError
 
@@ -42,14 +43,16 @@ class WebDatasetSource:
       stamps = [self._folder.stamp(tar) for tar in self._tars]
     except (OSError, BadRecord) as error:
       raise UserError(f'cannot read {spec.path!r}: {error}') from error
-    self._table = indexes.stored(f'{spec.index}/all', stamps, lambda: self._build(stamps))
+    self._table = indexes.stored(f'{spec.index}/all', [indexes.RULES, stamps], lambda: self._build(stamps))
     self._rows = self._table['rows']
-    self.fingerprint = indexes.digest([stamp[:2] for stamp in stamps])
+    # Tars are padded, so that other contents often have the same size.
+    self.fingerprint = indexes.digest([indexes.RULES, len(self), [stamp[:2] for stamp in stamps]])
 
   def _build(self, stamps: list[tuple[str, int, str]]) -> indexes.Table:
     tables = []
     for number, stamp in enumerate(tqdm.tqdm(stamps, 'indexing', unit=' tar', disable=None, leave=False)):
-      table = indexes.stored(f'{self.spec.index}/tar-{indexes.digest(stamp[0])}', stamp, lambda s=stamp: self._build_one(s))
+      table = indexes.stored(f'{self.spec.index}/tar-{indexes.digest(stamp[0])}', [indexes.RULES, stamp],
+                             lambda s=stamp: self._build_one(s))
       rows = np.array(table['rows'])
       rows['tar'] = number
       tables.append({**table, 'rows': rows})
@@ -79,7 +82,7 @@ class WebDatasetSource:
     return Record(key_of(self.name(index)), image, parse(text))
 
   def __reduce__(self) -> tuple[Any, ...]:
-    return WebDatasetSource, (self.spec,)
+    return Reopened, (WebDatasetSource, self.spec, self.fingerprint)
 
 
 def _part(file: BinaryIO, at: int, size: int) -> bytes:
@@ -95,9 +98,7 @@ def _samples(members: Iterator[Member]) -> Iterator[tuple[str, tuple[int, ...]]]
   groups: dict[str, dict[str, Member]] = {}
   faulty = []
   for member in members:
-    folder, slash, base = member.name.rpartition('/')
-    stem, _, extension = base.partition('.')
-    key, extension = folder + slash + stem, extension.lower()
+    key, extension = _split(member.name)
     if member.fault == 'damaged':
       faulty.append((member.name, _row(fault='damaged')))
     elif extension in IMAGES + _CAPTIONS:
@@ -108,8 +109,28 @@ def _samples(members: Iterator[Member]) -> Iterator[tuple[str, tuple[int, ...]]]
       else:
         group[kind] = member
   for key, group in groups.items():
-    yield key, _sample(group)
+    if len(group) > 1 or (whole := _whole(key)) == key or whole not in groups:   # else KEY.mask.png of the sample KEY
+      yield key, _sample(group)
   yield from faulty
+
+
+def _split(name: str) -> tuple[str, str]:
+  """A member's key and its extension in small letters: what follows the first dot of its name, as WebDataset has it.
+
+  Where that is not known, it is what follows the last one (photo.1.jpg), but for names that begin with a dot, as macOS adds.
+  """
+  key = _whole(name)
+  extension = name[len(key) + 1:].lower()
+  if extension in IMAGES + _CAPTIONS or key.endswith('/') or not key:
+    return key, extension
+  key, _, extension = name.rpartition('.')
+  return key, extension.lower()
+
+
+def _whole(name: str) -> str:
+  """Up to the first dot of what follows the last slash."""
+  folder, slash, base = name.rpartition('/')
+  return folder + slash + base.partition('.')[0]
 
 
 def _sample(group: dict[str, Member]) -> tuple[int, ...]:
