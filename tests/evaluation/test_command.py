@@ -1,5 +1,6 @@
 """The command, and gallery, matchings and report of a real (untrained) model on the data set of shapes."""
 import json
+import os
 import subprocess
 import sys
 
@@ -104,3 +105,13 @@ def test_mistakes_are_one_line_and_exit_code_2(flags, words):
   done = subprocess.run([sys.executable, '-m', 'lightclip_jax.evaluate', *flags], capture_output=True, text=True)
   assert done.returncode == 2
   assert words in done.stderr and done.stderr.count('\n') == 1
+
+
+def test_the_command_keeps_what_it_compiles(tmp_path):
+  code = ('import sys; from lightclip_jax import evaluate\n'
+          'try: evaluate.main(evaluate.parse(["--checkpoint=none", "--out=none.json"]))\n'
+          'except ValueError: print(sys.modules["jax"].config.jax_compilation_cache_dir)')
+  environment = {name: value for name, value in os.environ.items() if name != 'JAX_COMPILATION_CACHE_DIR'}
+  done = subprocess.run([sys.executable, '-c', code], env=environment | {'LIGHTCLIP_DATA': str(tmp_path)},
+                        capture_output=True, text=True, check=True)
+  assert done.stdout == f'{tmp_path / "compiled"}\n'
