@@ -24,7 +24,8 @@ from lightclip_jax.inference.exported import optional
 from lightclip_jax.models import convert, resnet, swin, vit
 
 TORCH_PYTHON = 'LIGHTCLIP_TORCH_PYTHON'
-UNVERIFIED = (f'not verified: open_clip is not installed here, and {TORCH_PYTHON} names no interpreter that has it '
+RUNS_ON = ('open_clip', 'torch', 'timm')   # open_clip may be here alone, for ImageNet's names (docs/EVALUATION.md)
+UNVERIFIED = (f'not verified: {", ".join(RUNS_ON)} are not all installed here, and {TORCH_PYTHON} names no interpreter with them '
               '(launch/parity_env.sh makes one)')
 EPSILON = 1e-5   # of the text tower's LayerNorms
 CLIP_BYTE_PAIRS = '67603cfda2e032ad77b5f8808af37789d590db664b26df8705d2bf8b3c553fc8'   # SHA-256 of bpe_simple_vocab_16e6.txt
@@ -178,7 +179,7 @@ def embed(folder: pathlib.Path, inputs: verify.Inputs) -> dict[str, np.ndarray] 
   Raises:
     UserError: if open_clip cannot load the folder.
   """
-  python = os.environ.get(TORCH_PYTHON) or (sys.executable if importlib.util.find_spec('open_clip') else None)
+  python = os.environ.get(TORCH_PYTHON) or (sys.executable if all(map(importlib.util.find_spec, RUNS_ON)) else None)
   if not python:
     return None
   with tempfile.TemporaryDirectory() as scratch:
@@ -188,5 +189,6 @@ def embed(folder: pathlib.Path, inputs: verify.Inputs) -> dict[str, np.ndarray] 
     done = subprocess.run([python, '-I', pathlib.Path(__file__).with_name('open_clip_side.py'), folder, *files],
                           env=environment, capture_output=True, text=True)
     if done.returncode:
-      raise UserError(f'open_clip cannot load {str(folder)!r}: {done.stderr.strip().splitlines()[-1]}')
+      said = done.stderr.strip().splitlines() or [f'{python} ended with exit code {done.returncode} and said nothing']
+      raise UserError(f'open_clip cannot load {str(folder)!r}: {said[-1]}')
     return dict(np.load(files[1]))

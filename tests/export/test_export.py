@@ -264,6 +264,17 @@ def test_a_resnets_channels_are_its_width(tmp_path):
       read(channels)
 
 
+def test_open_clip_runs_only_where_all_that_it_needs_is(tmp_path, monkeypatch):
+  monkeypatch.delenv(open_clip.TORCH_PYTHON, raising=False)
+  monkeypatch.setattr(open_clip.importlib.util, 'find_spec', lambda name: name == 'open_clip' or None)   # pip --no-deps
+  assert open_clip.embed(tmp_path, {}) is None
+  (silent := tmp_path / 'python').write_text('#!/bin/sh\nexit 7\n')
+  silent.chmod(0o755)
+  monkeypatch.setenv(open_clip.TORCH_PYTHON, str(silent))
+  with pytest.raises(UserError, match='open_clip cannot load .* ended with exit code 7 and said nothing'):
+    open_clip.embed(tmp_path, {})
+
+
 def test_mistakes_are_one_line(workdir, tmp_path, monkeypatch):
   (tmp_path / 'full').mkdir()
   (tmp_path / 'full/thesis.txt').write_text('x')
