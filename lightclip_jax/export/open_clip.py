@@ -59,6 +59,13 @@ def write(towers: Towers, folder: pathlib.Path) -> dict[str, Any]:
   return {'format': 'open_clip', 'weights': 'open_clip_model.safetensors', 'hugging_face_tokenizer': same}
 
 
+def move(folder: pathlib.Path, to: pathlib.Path) -> None:
+  """Makes the absolute paths in the folder's config those that it will have as `to`."""
+  was, will = (json.dumps(str(path.absolute()))[1:-1] for path in (folder, to))
+  config = folder / 'open_clip_config.json'
+  config.write_text(config.read_text().replace(was, will))
+
+
 def timm_model(image: config_lib.ImageTower) -> tuple[str, dict[str, Any]]:
   """timm's name of a tower, and arguments where the name does not say all.
 

@@ -151,6 +151,7 @@ def test_open_clip_folder(workdir, model, tmp_path, monkeypatch, capsys):
   assert json.loads((tmp_path / 'out/model.json').read_text())['hugging_face_tokenizer']
   about = json.loads((tmp_path / 'out/trunk/config.json').read_text())
   assert about['architecture'] == 'vit_tiny_patch16_224' and about['model_args']['img_size'] == 32
+  assert config['model_cfg']['vision_cfg']['timm_model_name'] == f'local-dir:{tmp_path / "out/trunk"}'
   moved = (tmp_path / 'out').rename(tmp_path / 'moved')
   same_embeddings(lightclip_jax.load(moved), model)
   (moved / 'tokenizer.model').unlink()   # with its Hugging Face form alone, as in folders of others
@@ -264,6 +265,42 @@ def test_a_resnets_channels_are_its_width(tmp_path):
       read(channels)
 
 
+def test_an_export_that_fails_leaves_the_folder_as_it_was(workdir, model, tmp_path, monkeypatch):
+  def write(towers, folder):   # instead of towers, which take seconds
+    (folder / 'image.stablehlo').write_text('new')
+    if refused:
+      raise UserError('timm has no such tower')
+    return {'format': 'stablehlo'}
+  out, loaded = tmp_path / 'out', checkpoint.load(workdir)
+  monkeypatch.setitem(export.FORMATS, 'stablehlo', write)
+  monkeypatch.setattr(export.model_lib, 'load', lambda folder: model)
+  monkeypatch.setattr(verify, 'embed', lambda *_: {'text/noise': np.ones((1, 2))})
+
+  def run_and_list():
+    try:
+      list(export.export(loaded, 'stablehlo', out))
+    finally:
+      found.append({str(file.relative_to(out)): file.read_text('latin1') for file in out.rglob('*.*')} if out.exists() else None)
+  found = []
+  for refused, least in ((True, 0.9), (False, 2)):
+    monkeypatch.setattr(verify, 'MIN_COSINE', least)
+    with pytest.raises(UserError, match='timm has no' if refused else 'is not the model'):
+      run_and_list()
+  (out / export.PARTIAL).mkdir(parents=True)   # of one that was killed
+  monkeypatch.setattr(verify, 'MIN_COSINE', 0.9)
+  run_and_list()
+  assert found[:2] == [None, None] and set(found[2]) == {'image.stablehlo', 'model.json', 'tokenizer.model'}
+  for name in ('int8/model.json', 'int8/mine.txt', 'text_tokens.onnx', 'README.md'):
+    (out / name).parent.mkdir(exist_ok=True)
+    (out / name).write_text('old')
+  refused = True
+  with pytest.raises(UserError, match='timm has no'):
+    run_and_list()
+  refused = False
+  run_and_list()
+  assert len(found[3]) == 7 and found[4] == found[2] | {'int8/mine.txt': 'old', 'README.md': 'old'}
+
+
 def test_open_clip_runs_only_where_all_that_it_needs_is(tmp_path, monkeypatch):
   monkeypatch.delenv(open_clip.TORCH_PYTHON, raising=False)
   monkeypatch.setattr(open_clip.importlib.util, 'find_spec', lambda name: name == 'open_clip' or None)   # pip --no-deps
@@ -279,12 +316,10 @@ def test_mistakes_are_one_line(workdir, tmp_path, monkeypatch):
   (tmp_path / 'full').mkdir()
   (tmp_path / 'full/thesis.txt').write_text('x')
   loaded = checkpoint.load(workdir)
-  for folder in ('earlier', 'earlier/int8'):
-    (tmp_path / folder).mkdir()
+  (tmp_path / 'earlier').mkdir()
   (tmp_path / 'earlier/model.json').write_text(json.dumps({'format': 'onnx'}, indent=2))
   for kind, out, int8, words in (('onnx', 'full', False, 'holds something else'),
                                  ('open_clip', 'earlier', False, 'holds an export for onnx, not for open_clip; give a new folder'),
-                                 ('onnx', 'earlier', False, "int8' is of an earlier export; give --int8 again"),
                                  ('stablehlo', 'new', True, 'is for --format=onnx')):
     with pytest.raises(UserError, match=words):
       list(export.export(loaded, kind, tmp_path / out, int8=int8))
