@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from lightclip_jax import config as config_lib
 from lightclip_jax.errors import UserError
 from lightclip_jax.export import onnx_files, open_clip, stablehlo, verify
 from lightclip_jax.export import towers as towers_lib
@@ -40,7 +41,7 @@ def export(loaded: checkpoint.Loaded, kind: str, out: pathlib.Path, *, data: pat
   Raises:
     UserError: for a folder with something else in it, a missing package, or an export that is not the model.
   """
-  _check_flags(kind, int8, tokens)
+  _check_flags(kind, int8, tokens, loaded.config)
   _check_folder(out, kind)
   towers = towers_lib.from_checkpoint(loaded)
   inputs = verify.noise(towers)
@@ -103,10 +104,12 @@ def _read_back(out: pathlib.Path, about: dict[str, Any], towers: towers_lib.Towe
     yield from _comparison(models, out, asked)
 
 
-def _check_flags(kind: str, int8: bool, tokens: bool) -> None:
+def _check_flags(kind: str, int8: bool, tokens: bool, config: config_lib.Config) -> None:
   for flag, given in (('--int8', int8), ('--tokens', tokens)):
     if given and kind != 'onnx':
       raise UserError(f'{flag} is for --format=onnx, not for {kind}')
+  if tokens and config.objective.token_matching.weight.is_zero:
+    raise UserError('objective.token_matching.weight of this run is 0, so its token heads learnt nothing; leave --tokens out')
 
 
 def _check_folder(out: pathlib.Path, kind: str) -> None:

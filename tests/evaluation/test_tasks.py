@@ -212,6 +212,8 @@ def test_matchings_draw_each_word_on_a_square_grid(folder):
     assert one.words[0] in shapes.COLOURS and one.words[1] in shapes.SHAPES
     for heat in one.heat:
       assert heat.shape == (4, 4) and (heat >= 0).all()
+  untrained = config.replace(config.TokenMatching(), weight=config.constant(0.0))   # whose heads are as they were drawn
+  assert not matching.make_matchings(Session(Oracle(folder, None), folder, token_matching=untrained), 'heldout_style')
 
 
 def test_plans_match_each_word_once():
