@@ -47,7 +47,18 @@ def path(name: str | os.PathLike[str]) -> Path:
   return epath.Path(text)
 
 
-def in_bucket(path: Path) -> bool:
+def on_disk(name: str | os.PathLike[str]) -> pathlib.Path:
+  """A local path (~ is the home folder), where a bucket will not do.
+
+  Raises:
+    UserError: for a bucket.
+  """
+  if in_bucket(name):
+    raise UserError(f'{os.fspath(name)!r} is in a bucket; this needs a folder on a disk (copy it, or mount the bucket)')
+  return pathlib.Path(os.path.expanduser(name))
+
+
+def in_bucket(path: str | os.PathLike[str]) -> bool:
   """Whether a path is not on a disk: nothing can be appended to there, and a file appears when it is closed."""
   return '://' in os.fspath(path)
 

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from lightclip_jax import config as config_lib
+from lightclip_jax import storage
 from lightclip_jax.errors import UserError
 from lightclip_jax.export import onnx_files, open_clip, stablehlo, verify
 from lightclip_jax.export import towers as towers_lib
@@ -26,7 +27,7 @@ FILES = (exported.MODEL_FILE, 'tokenizer.model', 'tokenizer.gz', 'tokenizer.json
 PARTIAL = '.partial'   # in the folder itself: that may be a mount, into which nothing can be renamed from elsewhere
 
 
-def export(loaded: checkpoint.Loaded, kind: str, out: pathlib.Path, *, data: pathlib.Path | None = None,
+def export(loaded: checkpoint.Loaded, kind: str, out: pathlib.Path, *, data: storage.Path | None = None,
            int8: bool = False, tokens: bool = False) -> Iterator[str]:
   """Writes and verifies the folder, and yields lines that say what was measured. What fails leaves the folder as it was.
 

@@ -48,8 +48,9 @@ def run(workdir, out, *flags):
   command.main(command.parse([f'--checkpoint={workdir}', f'--out={out}', *flags]))
 
 
-def test_stablehlo_is_the_model(workdir, model, tmp_path, capsys):
-  run(workdir, tmp_path / 'out', '--format=stablehlo')
+def test_stablehlo_is_the_model(workdir, model, tmp_path, monkeypatch, capsys):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  run(workdir, '~/out', '--format=stablehlo')
   about = json.loads((tmp_path / 'out/model.json').read_text())
   assert min(about['cosines'].values()) > verify.MIN_COSINE and about['platforms'] == ['cpu', 'cuda', 'tpu']
   assert 'lowest cosines' in capsys.readouterr().out
@@ -323,6 +324,8 @@ def test_mistakes_are_one_line(workdir, tmp_path, monkeypatch):
                                  ('stablehlo', 'new', True, 'is for --format=onnx')):
     with pytest.raises(UserError, match=words):
       list(export.export(loaded, kind, tmp_path / out, int8=int8))
+  with pytest.raises(UserError, match="'gs://bucket/out' is in a bucket; this needs a folder on a disk"):
+    run(workdir, 'gs://bucket/out', '--format=onnx')
   monkeypatch.setitem(sys.modules, 'onnx', None)
   with pytest.raises(UserError, match=r'needs the package onnx, which is not installed: pip install onnx'):
     exported.optional('onnx')

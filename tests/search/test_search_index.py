@@ -67,15 +67,16 @@ def test_every_picture_is_there_with_its_embedding_and_bad_ones_are_named(made, 
   np.testing.assert_array_equal(plain, result.vectors_NxD)
 
 
-def test_words_and_pictures_find_their_colour(made, capsys):
+def test_words_and_pictures_find_their_colour(made, monkeypatch, capsys):
   folder, files, _ = made
+  monkeypatch.setenv('HOME', str(folder))
   for colour in ('red', 'cyan', 'black'):
     command.main(['query', str(folder / 'index'), f'a {colour} picture', '--top=10', '--json'])
     answers = json.loads(capsys.readouterr().out)
     assert [files[pathlib.Path(answer['path'])] for answer in answers] == [colour] * 10
     assert answers == sorted(answers, key=lambda answer: -answer['cosine'])
   first = next(iter(files))
-  command.main(['query', str(folder / 'index'), f'--image={first}', '--top=2'])
+  command.main(['query', '~/index', f'--image=~/{first.relative_to(folder)}', '--top=2'])
   lines = capsys.readouterr().out.splitlines()
   assert len(lines) == 2 and lines[0] == f'1.0000  {first}'
 
@@ -166,6 +167,7 @@ def test_mistakes_are_one_clear_line(made, export_folder, tmp_path):
       (['query', built], 'give one query'), (['query', built, 'a', '--image=b'], 'give one query'),
       (['query', str(tmp_path), 'a'], 'is no index'), (['query', str(tmp_path / 'broken'), 'a'], 'is damaged'),
       (['query', built, 'a', f'--model={other}'], 'is not the model that made'),
+      (['index', pictures_folder, model, '--out=gs://a/b'], "'gs://a/b' is in a bucket"),
       (['query', built, '--image=/nowhere.png'], "cannot read the picture '/nowhere.png'"),
       (['index', '/nowhere', model, f'--out={tmp_path}/new'], "'/nowhere' is no folder"),
       (['index', pictures_folder, model, f'--out={tmp_path}'], 'holds something else'),
