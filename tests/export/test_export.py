@@ -1,4 +1,5 @@
 """Exported folders are the model, hold nothing else, and say in one line what is wrong with them."""
+import contextlib
 import gzip
 import hashlib
 import json
@@ -160,6 +161,22 @@ def test_open_clip_folder(workdir, model, tmp_path, monkeypatch, capsys):
   _refuses_what_it_does_not_know(moved, config)
 
 
+@contextlib.contextmanager
+def _changed(folder, config, section, changes):
+  """The folder with other options in a section of its config, or in trunk/config.json (None: without that file)."""
+  trunk, model_cfg = (folder / 'trunk/config.json').read_text(), config['model_cfg']
+  if section == 'trunk':
+    (folder / 'trunk/config.json').unlink()
+    if changes:
+      (folder / 'trunk/config.json').write_text(json.dumps(json.loads(trunk) | changes))
+  else:
+    model_cfg = model_cfg | (changes if section == 'model_cfg' else {section: model_cfg[section] | changes})
+  (folder / 'open_clip_config.json').write_text(json.dumps(config | {'model_cfg': model_cfg}))
+  yield
+  (folder / 'open_clip_config.json').write_text(json.dumps(config))
+  (folder / 'trunk/config.json').write_text(trunk)
+
+
 def _refuses_what_it_does_not_know(folder, config):
   for section, changes, words in (
       ('vision_cfg', dict(timm_model_name='resnet50'), "image tower is 'resnet50'; known are"),
@@ -168,13 +185,23 @@ def _refuses_what_it_does_not_know(folder, config):
       ('text_cfg', dict(hf_model_name='roberta-base'), 'hf_model_name is'),
       ('text_cfg', dict(pool_type='last'), "pool_type is 'last'"),
       ('text_cfg', dict(eos_id=7), 'ends with 3, its text tower 60 and 7'),
-      ('text_cfg', dict(layers=3), 'has shape none, the tower needs')):
-    model_cfg = config['model_cfg'] | {section: config['model_cfg'][section] | changes}
-    (folder / 'open_clip_config.json').write_text(json.dumps(config | {'model_cfg': model_cfg}))
-    with pytest.raises(UserError, match=words) as error:
+      ('text_cfg', dict(layers=3), 'has shape none, the tower needs'),
+      ('text_cfg', dict(mlp_ratio=3.7), 'mlp_ratio is 3.7; only 4.0 is known'),
+      ('text_cfg', dict(act_kwargs={'approximate': 'tanh'}), 'act_kwargs is .*tanh.*; our towers have no such option'),
+      ('text_cfg', dict(norm_kwargs={'eps': 1e-5, 'bias': True}), 'bias is True'),
+      ('text_cfg', dict(tokenizer_kwargs={'clean': 'canonicalize'}), "clean is 'canonicalize'; our towers have no such"),
+      ('text_cfg', dict(final_ln_after_pool=True), 'final_ln_after_pool is True'),
+      ('vision_cfg', dict(timm_proj_bias=True), 'timm_proj_bias is True'),
+      ('model_cfg', dict(quick_gelu=True), 'quick_gelu is True'),
+      ('model_cfg', dict(init_logit_bias=-10), 'init_logit_bias is -10'),
+      ('trunk', dict(model_args={'img_size': 32, 'reg_tokens': 4}), 'reg_tokens is 4'),
+      ('trunk', None, "image tower is 'local-dir:.*', but it has no trunk/config.json")):
+    with _changed(folder, config, section, changes), pytest.raises(UserError, match=words) as error:
       lightclip_jax.load(folder)
     assert '\n' not in str(error.value) and str(folder) in str(error.value)
-  (folder / 'open_clip_config.json').write_text(json.dumps(config))
+  usual = dict(timm_drop=0.0, timm_drop_path=0.1, timm_model_pretrained=True, patch_dropout=0.5)   # of training alone
+  with _changed(folder, config, 'vision_cfg', usual):
+    lightclip_jax.load(folder)
   for name, words in (('tokenizer.json', 'has no tokenizer file'), ('open_clip_model.safetensors', 'there is no weight file')):
     (folder / name).unlink()
     with pytest.raises(UserError, match=words):
