@@ -68,6 +68,17 @@ def test_the_command_writes_what_the_function_measures(folder, loaded, session, 
     evaluate.main(evaluate.parse(['--checkpoint=run', '--batch_size=0', f'--out={out}']))
 
 
+def test_prompts_that_no_task_uses_are_named(loaded, monkeypatch, tmp_path, capsys):
+  monkeypatch.setattr(checkpoint, 'load', lambda path, step: loaded)
+  (tmp_path / 'mine.json').write_text('{"digit": ["the {}"], "digits": ["the {}"]}')
+  monkeypatch.setattr(evaluation, 'run_each', lambda *_: [])
+  flags = ['--checkpoint=run', f'--out={tmp_path / "none.json"}', f'--prompts={tmp_path / "mine.json"}']
+  for chosen, said in ((['zero_shot:digits', 'zero_shot:./my/colours'], "'digit'; here they can be for colours, digits"),
+                       (['knn:digits'], "'digits'; here they can be for no image set")):
+    evaluate.main(evaluate.parse([*flags, *(f'--task={name}' for name in chosen)]))
+    assert f'no task uses the prompts for {said}\n' in capsys.readouterr().out
+
+
 def test_embeddings_are_unit_vectors_whatever_the_batch(session, folder, loaded):
   one = Embedder(session.embedder.model, loaded.config.model, loaded.variables, loaded.tokenizer, batch_size=24)
   images = session.images('heldout_images')
