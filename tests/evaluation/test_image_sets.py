@@ -165,6 +165,18 @@ def file(folder, text):
   return folder / 'given.json'
 
 
+def test_a_class_may_be_called_train(tmp_path):
+  for name in ('car', 'train', 'plane'):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / 'x.png').touch()
+  assert folder.load(str(tmp_path)).classes == ('car', 'plane', 'train')
+  for name in ('train', 'test'):
+    (tmp_path / 'parts' / name / 'car').mkdir(parents=True)
+    (tmp_path / 'parts' / name / 'car/x.png').touch()
+  (tmp_path / 'parts/notes').mkdir()
+  assert folder.load(str(tmp_path / 'parts')).classes == ('car',) and len(folder.load(str(tmp_path / 'parts')).train) == 1
+
+
 def test_an_empty_class_and_a_broken_image_are_named(tmp_path):
   for name in ('cat', 'dog'):
     (tmp_path / name).mkdir()
