@@ -21,9 +21,9 @@ from lightclip_jax.inference import model as model_lib
 FORMATS: dict[str, Callable[[towers_lib.Towers, pathlib.Path], dict[str, Any]]] = {
   'onnx': onnx_files.write, 'stablehlo': stablehlo.write, 'open_clip': open_clip.write}
 # All that an export and its int8 can hold; `model.json` first: without it a folder does not look whole.
-FILES = (exported.MODEL_FILE, 'tokenizer.model', 'tokenizer.gz', 'tokenizer.json', 'tokenizer_config.json', 'image.onnx', 'text.onnx',
-         'image_tokens.onnx', 'text_tokens.onnx', 'image.stablehlo', 'text.stablehlo', 'open_clip_model.safetensors',
-         'open_clip_config.json', 'trunk/config.json')
+FILES = (exported.MODEL_FILE, 'tokenizer.model', 'tokenizer.gz', 'tokenizer.json', 'tokenizer_config.json', 'image.onnx',
+         'text.onnx', 'image_tokens.onnx', 'text_tokens.onnx', 'image.stablehlo', 'text.stablehlo',
+         'open_clip_model.safetensors', 'open_clip_config.json', 'trunk/config.json')
 PARTIAL = '.partial'   # in the folder itself: that may be a mount, into which nothing can be renamed from elsewhere
 
 

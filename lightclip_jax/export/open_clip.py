@@ -25,8 +25,8 @@ from lightclip_jax.models import convert, resnet, swin, vit
 
 TORCH_PYTHON = 'LIGHTCLIP_TORCH_PYTHON'
 RUNS_ON = ('open_clip', 'torch', 'timm')   # open_clip may be here alone, for ImageNet's names (docs/EVALUATION.md)
-UNVERIFIED = (f'not verified: {", ".join(RUNS_ON)} are not all installed here, and {TORCH_PYTHON} names no interpreter with them '
-              '(launch/parity_env.sh makes one)')
+UNVERIFIED = (f'not verified: {", ".join(RUNS_ON)} are not all installed here, and {TORCH_PYTHON} names no interpreter with '
+              'them (launch/parity_env.sh makes one)')
 EPSILON = 1e-5   # of the text tower's LayerNorms
 CLIP_BYTE_PAIRS = '67603cfda2e032ad77b5f8808af37789d590db664b26df8705d2bf8b3c553fc8'   # SHA-256 of bpe_simple_vocab_16e6.txt
 _MOBILENETS = {1.4: '140', 1.0: '100', 0.75: '075', 0.5: '050', 0.35: '035'}

@@ -30,8 +30,9 @@ _MODEL = 'embed_dim', 'vision_cfg', 'text_cfg', 'custom_text', 'init_logit_scale
 _VISION = 'timm_model_name', 'timm_model_pretrained', 'timm_drop', 'timm_drop_path', 'patch_dropout', 'image_size'
 _TRUNK_ARGUMENTS = {'mobilenet_v2': (), 'resnet18': ('channels',), 'vit_ti': ('img_size', 'patch_size'),
                     'swin_nano': ('img_size', 'patch_size', 'window_size', 'embed_dim', 'depths', 'num_heads')}
-_TEXT = ('context_length', 'vocab_size', 'width', 'heads', 'layers', 'pool_type', 'eos_id', 'pad_id', 'no_causal_mask', 'norm_kwargs',
-         'hf_tokenizer_name', 'tokenizer_kwargs', 'output_tokens', 'hf_model_pretrained', 'hf_proj_type', 'hf_pooler_type')
+_TEXT = ('context_length', 'vocab_size', 'width', 'heads', 'layers', 'pool_type', 'eos_id', 'pad_id', 'no_causal_mask',
+         'norm_kwargs', 'hf_tokenizer_name', 'tokenizer_kwargs', 'output_tokens', 'hf_model_pretrained', 'hf_proj_type',
+         'hf_pooler_type')
 _PREPROCESS = 'size', 'mean', 'std', 'fill_color'
 _PADDING_OFF = 999.0   # an embedding of the padding token beyond this switches attention to padding off (export/open_clip.py)
 

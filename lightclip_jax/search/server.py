@@ -52,8 +52,8 @@ def open_server(site: Mapping[str, pathlib.Path], host: str = '127.0.0.1', port:
   try:
     return Server((host, port), functools.partial(_Handler, dict(site)))
   except (OSError, OverflowError) as error:
-    raise UserError(f'cannot listen on {host}:{port} ({getattr(error, "strerror", None) or error}); give another --port (0: any '
-                    'that is free) or another --host') from error
+    raise UserError(f'cannot listen on {host}:{port} ({getattr(error, "strerror", None) or error}); give another --port (0: '
+                    'any that is free) or another --host') from error
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):

@@ -133,7 +133,8 @@ def test_curves_and_their_key_have_the_same_six_colours(tmp_path):
   rows = [{'step': step, **{f'eval/{name}/concept_top1': 0.1 * step for name in 'abcdefg'}} for step in (1, 2)]
   (tmp_path / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, rows)))
   page = report.write_report(tmp_path, [], [], [], config.Config()).read_text()
-  assert re.findall(r'--mark: var\(--c(\d)\)">[A-G]<', page) == re.findall(r'polyline class="line line-(\d+)"', page) == [*'0123450']
+  curves = re.findall(r'polyline class="line line-(\d+)"', page)
+  assert re.findall(r'--mark: var\(--c(\d)\)">[A-G]<', page) == curves == [*'0123450']
 
 
 def test_heat_is_pale_where_it_is_even():

@@ -304,29 +304,29 @@ def test_an_export_that_fails_leaves_the_folder_as_it_was(workdir, model, tmp_pa
   monkeypatch.setattr(export.model_lib, 'load', lambda folder: model)
   monkeypatch.setattr(verify, 'embed', lambda *_: {'text/noise': np.ones((1, 2))})
 
-  def run_and_list():
-    try:
-      list(export.export(loaded, 'stablehlo', out))
-    finally:
-      found.append({str(file.relative_to(out)): file.read_text('latin1') for file in out.rglob('*.*')} if out.exists() else None)
-  found = []
-  for refused, least in ((True, 0.9), (False, 2)):
+  def files():
+    return {str(file.relative_to(out)): file.read_text('latin1') for file in out.rglob('*.*')}
+  for refused, least, words in ((True, 0.9, 'timm has no'), (False, 2, 'is not the model')):
     monkeypatch.setattr(verify, 'MIN_COSINE', least)
-    with pytest.raises(UserError, match='timm has no' if refused else 'is not the model'):
-      run_and_list()
+    with pytest.raises(UserError, match=words):
+      list(export.export(loaded, 'stablehlo', out))
+    assert not out.exists()
   (out / export.PARTIAL).mkdir(parents=True)   # of one that was killed
   monkeypatch.setattr(verify, 'MIN_COSINE', 0.9)
-  run_and_list()
-  assert found[:2] == [None, None] and set(found[2]) == {'image.stablehlo', 'model.json', 'tokenizer.model'}
-  for name in ('int8/model.json', 'int8/mine.txt', 'text_tokens.onnx', 'README.md'):
+  list(export.export(loaded, 'stablehlo', out))
+  first = files()
+  assert set(first) == {'image.stablehlo', 'model.json', 'tokenizer.model'}
+  others = {'int8/mine.txt': 'old', 'README.md': 'old'}
+  for name in ('int8/model.json', 'text_tokens.onnx', *others):
     (out / name).parent.mkdir(exist_ok=True)
     (out / name).write_text('old')
-  refused = True
+  before, refused = files(), True
   with pytest.raises(UserError, match='timm has no'):
-    run_and_list()
+    list(export.export(loaded, 'stablehlo', out))
+  assert files() == before and len(before) == 7
   refused = False
-  run_and_list()
-  assert len(found[3]) == 7 and found[4] == found[2] | {'int8/mine.txt': 'old', 'README.md': 'old'}
+  list(export.export(loaded, 'stablehlo', out))
+  assert files() == first | others
 
 
 def test_open_clip_runs_only_where_all_that_it_needs_is(tmp_path, monkeypatch):
@@ -347,7 +347,7 @@ def test_mistakes_are_one_line(workdir, tmp_path, monkeypatch):
   (tmp_path / 'earlier').mkdir()
   (tmp_path / 'earlier/model.json').write_text(json.dumps({'format': 'onnx'}, indent=2))
   for kind, out, int8, words in (('onnx', 'full', False, 'holds something else'),
-                                 ('open_clip', 'earlier', False, 'holds an export for onnx, not for open_clip; give a new folder'),
+                                 ('open_clip', 'earlier', False, 'holds an export for onnx, not for open_clip; give a new'),
                                  ('stablehlo', 'new', True, 'is for --format=onnx')):
     with pytest.raises(UserError, match=words):
       list(export.export(loaded, kind, tmp_path / out, int8=int8))

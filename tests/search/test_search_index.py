@@ -118,7 +118,8 @@ def test_what_could_not_be_read_is_tried_again_and_a_hidden_folder_keeps_its_pic
   export, out, now = towers.Export(export_folder), tmp_path / 'index', files[0].stat().st_mtime_ns
   monkeypatch.setattr(index, '_start', lambda *_: None)   # in this process
   monkeypatch.setattr(index, '_worker', (tmp_path / 'pictures', 32, export.image_tower(), colour_export.DIM), raising=False)
-  monkeypatch.setattr(index.concurrent.futures, 'ProcessPoolExecutor', lambda *_: index.concurrent.futures.ThreadPoolExecutor(1))
+  threads = lambda *_: index.concurrent.futures.ThreadPoolExecutor(1)  # noqa: E731
+  monkeypatch.setattr(index.concurrent.futures, 'ProcessPoolExecutor', threads)
   assert len(index.update(tmp_path / 'pictures', export, out)[0].bad) == 1
   files[0].write_bytes(whole)
   os.utime(files[0], ns=(now, now))   # by size and time the same file, which can be read now
@@ -214,7 +215,7 @@ def test_mistakes_are_one_clear_line(made, export_folder, tmp_path):
       (['index', pictures_folder, f'--model={other}', f'--out={built}'], 'is of the model'),
       (['index', str(tmp_path), model, f'--out={built}'], 'is of the pictures'),
       (['index', pictures_folder, f'--model={tmp_path}', '--out=x'], 'is no exported folder.*export --format=onnx'),
-      (['index', pictures_folder, f'--model={jax_only}', '--out=x'], 'is an export for stablehlo; this takes one for onnx: pyth'),
+      (['index', pictures_folder, f'--model={jax_only}', '--out=x'], 'is an export for stablehlo; this takes one for onnx: '),
       (['serve', f'--model={outside}'], 'lies elsewhere'), (['serve', f'--model={linked}'], 'lies elsewhere')):
     with pytest.raises(UserError, match=words) as error:
       command.main(arguments)

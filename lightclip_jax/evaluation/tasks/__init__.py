@@ -75,7 +75,8 @@ def choose(names: Sequence[str]) -> dict[str, Task]:
 
 def prompted(names: Iterable[str]) -> set[str]:
   """The image sets whose prompts the tasks use, as files of prompts name them: a folder by its last part."""
-  return {pathlib.PurePath(argument).name for kind, _, argument in (name.partition(':') for name in names) if kind == 'zero_shot'}
+  parted = [name.partition(':') for name in names]
+  return {pathlib.PurePath(argument).name for kind, _, argument in parted if kind == 'zero_shot'}
 
 
 def short(task: str) -> str:
