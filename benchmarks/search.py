@@ -40,7 +40,7 @@ def rates(model: pathlib.Path, folder: pathlib.Path, processes: int) -> dict[str
   """Pictures a second: of the index with its processes started (they are told by the difference of two sizes), and of the
   tower alone on pixels that are ready, on one thread and on as many as the index has processes."""
   export = towers.Export(model)
-  files = list(pictures.find(folder))
+  files, _ = pictures.find(folder)
 
   def seconds(of: list[index.File]) -> float:
     start = time.perf_counter()
@@ -62,7 +62,7 @@ def processor_time(model: pathlib.Path, folder: pathlib.Path) -> tuple[float, fl
   """Processor milliseconds a picture: reading it (file, decoding, resizing), and the tower on one thread. Busy machines
   change them less than rates."""
   export = towers.Export(model)
-  tower, files = export.image_tower(), [folder / path for path, _, _ in pictures.find(folder)][:512]
+  tower, files = export.image_tower(), [folder / path for path, _, _ in pictures.find(folder)[0]][:512]
   marks = [time.process_time()]
   pixels = np.stack([pictures.read(file, export.size) for file in files])
   marks.append(time.process_time())

@@ -36,10 +36,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> int:
   """Prints the table and writes the files; the exit code says whether a task failed."""
-  from lightclip_jax import distributed
   from lightclip_jax.data import datasets
 
   os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(datasets.cache() / 'compiled'))
+  from lightclip_jax import distributed  # after the line above: JAX reads the variable when it is imported
   from lightclip_jax.evaluation import alone, compare, prompts, tasks
 
   if args.compare:

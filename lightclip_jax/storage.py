@@ -4,6 +4,7 @@ Orbax, ArrayRecord and JAX's compilation cache read and write gs:// themselves; 
 `etils.epath`, whose paths have pathlib's methods.
 """
 import errno
+import fcntl
 import os
 import pathlib
 import sys
@@ -47,7 +48,18 @@ def path(name: str | os.PathLike[str]) -> Path:
   return epath.Path(text)
 
 
-def in_bucket(path: Path) -> bool:
+def on_disk(name: str | os.PathLike[str]) -> pathlib.Path:
+  """A local path (~ is the home folder), where a bucket will not do.
+
+  Raises:
+    UserError: for a bucket.
+  """
+  if in_bucket(name):
+    raise UserError(f'{os.fspath(name)!r} is in a bucket; this needs a folder on a disk (copy it, or mount the bucket)')
+  return pathlib.Path(os.path.expanduser(name))
+
+
+def in_bucket(path: str | os.PathLike[str]) -> bool:
   """Whether a path is not on a disk: nothing can be appended to there, and a file appears when it is closed."""
   return '://' in os.fspath(path)
 
@@ -73,6 +85,25 @@ def patiently(action: Callable[[], T]) -> T:
       print(f'{error}; tried again in {seconds:g} s', file=sys.stderr, flush=True)
       time.sleep(seconds)
   return action()
+
+
+def lock(folder: pathlib.Path, reason: str) -> int:
+  """A descriptor of the folder, whose lock this process holds until it closes it, or dies, however it does.
+
+  Disks that have no locks for folders (NFS) are not protected.
+
+  Raises:
+    BlockingIOError: where another process holds it, with the reason and the folder.
+  """
+  descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+  try:
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError as error:
+    os.close(descriptor)
+    raise BlockingIOError(error.errno, reason, str(folder)) from error
+  except OSError:   # no such locks here
+    pass
+  return descriptor
 
 
 def write_text(path: Path, text: str) -> None:

@@ -54,6 +54,9 @@ def evaluate(path: storage.Path, chosen: Mapping[str, tasks.Task], out: str, *, 
   session = Session(embedder, folder, templates=templates, token_matching=config.objective.token_matching,
                     max_pixels=config.data.max_pixels)
   chosen = chosen or evaluation.of_splits(config.evaluation.splits) | tasks.choose(config.evaluation.tasks)
+  used = tasks.prompted(chosen)
+  for key in sorted({key for key, _ in templates.templates} - used - {''}):   # a file may serve several evaluations: no error
+    distributed.say(f'no task uses the prompts for {key!r}; here they can be for {", ".join(sorted(used)) or "no image set"}')
   found = evaluation.run_each(session, chosen, debug)
   # First: what took hours must not be lost where the files cannot be written.
   distributed.say(metrics.format_table([metric for result in found for metric in result.metrics]))

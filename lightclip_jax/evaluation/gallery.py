@@ -1,6 +1,6 @@
 """Pictures with the model's first guesses, for the report.
 
-Letters: N images, C concepts, S pixels.
+Letters: N images, n those that are asked for their concept, C concepts, S pixels.
 """
 import dataclasses
 import hashlib
@@ -42,12 +42,13 @@ def make_gallery(session: Session, split: str, *, count: int = 48, guesses: int 
   Which ones is decided by a hash of their keys, so that two reports on the same data show mostly the same pictures.
   """
   records, names = session.records(split), session.manifest.concepts
-  if not names:
+  labels_N = labelled.labels(records, 'concept', names)
+  asked = labelled.asked(records, labels_N)
+  if not len(asked):
     return []
   classes_CxD, images_NxD = session.classes(names, 'name'), session.images(split)
-  labels_N = labelled.labels(records, 'concept', names)
-  ranks_N = best_ranks(images_NxD, classes_CxD, same(labels_N, np.arange(len(names))))
-  chosen = choose([record.key for record in records], ranks_N == 0, count)
+  ranks_n = best_ranks(images_NxD[asked], classes_CxD, same(labels_N[asked], np.arange(len(names))))
+  chosen = asked[choose([records[i].key for i in asked], ranks_n == 0, count)]
   logits = session.embedder.logit_scale * images_NxD[chosen] @ classes_CxD.T
   probabilities = np.exp(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True))
   return [_guessed(records[i], names, row, guesses) for i, row in zip(chosen, probabilities, strict=True)]

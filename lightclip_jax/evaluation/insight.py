@@ -1,6 +1,6 @@
 """What a page shows of a model's mistakes: classes it confuses, what it finds similar, how sure it is.
 
-Letters: N images, C classes.
+Letters: N images, n those that are asked for their concept, C classes.
 """
 import dataclasses
 from collections.abc import Sequence
@@ -44,16 +44,18 @@ def look(session: Session, split: str, others: Sequence[str]) -> Insight:
   """Confusion of the groups (of the concepts, where there are no groups), calibration of the concepts, and neighbours
   of a few of the split's images among the images of other splits; empty for data without names."""
   manifest, records = session.manifest, session.records(split)
-  if not manifest.concepts:
+  concepts_N = labelled.labels(records, 'concept', manifest.concepts)
+  asked = labelled.asked(records, concepts_N)
+  if not len(asked):
     return Insight()
   kind, classes = ('group', manifest.groups) if manifest.groups else ('concept', manifest.concepts)
-  labels_N = labelled.labels(records, kind, classes)
-  guesses_N = np.concatenate([scores.argmax(axis=1) for _, scores in
-                              score_chunks(session.images(split), session.classes(classes, 'name'))])
-  sure_N, hit_N = calibration.confidence(session.images(split), session.classes(manifest.concepts, 'name'),
-                                         labelled.labels(records, 'concept', manifest.concepts), session.embedder.logit_scale)
-  return Insight(tuple(worst(labels_N, guesses_N, classes)), tuple(_neighbours(session, split, others)),
-                 tuple(calibration.bins(sure_N, hit_N)), calibration.error(sure_N, hit_N))
+  images_nxD, labels_n = session.images(split)[asked], labelled.labels(records, kind, classes)[asked]
+  guesses_n = np.concatenate([scores.argmax(axis=1) for _, scores in
+                              score_chunks(images_nxD, session.classes(classes, 'name'))])
+  sure_n, hit_n = calibration.confidence(images_nxD, session.classes(manifest.concepts, 'name'), concepts_N[asked],
+                                         session.embedder.logit_scale)
+  return Insight(tuple(worst(labels_n, guesses_n, classes)), tuple(_neighbours(session, split, others)),
+                 tuple(calibration.bins(sure_n, hit_n)), calibration.error(sure_n, hit_n))
 
 
 def worst(labels_N: np.ndarray, guesses_N: np.ndarray, names: Sequence[str], *, count: int = 9,

@@ -37,6 +37,15 @@ def labels(records: Sequence[Record], kind: Literal['concept', 'group'], classes
   return np.array([number.get(getattr(record, kind), -1) for record in records], np.int64)
 
 
+def asked(records: Sequence[Record], labels_N: np.ndarray) -> np.ndarray:
+  """int [n]: the records that are asked for their class, or cannot be used and are mistakes; a mixture's other pairs have none.
+
+  Empty where no record has a class.
+  """
+  has_N = labels_N >= 0
+  return np.flatnonzero(has_N | [not any(record.captions) for record in records]) if has_N.any() else np.zeros(0, np.int64)
+
+
 def check(images: ImageSet) -> ImageSet:
   """The set itself.
 

@@ -172,7 +172,7 @@ def _accuracy_charts(log: Log, results: Sequence[Metric]) -> list[tuple[str, Mar
       rows = [row for row in log if math.isfinite(row.get(name, math.nan))]
       if len(rows) > 1:
         steps, values = [row['step'] for row in rows], [row[name] for row in rows]
-        lines.append(curves.Line(title(name.split('/')[1]), steps, values, colour))
+        lines.append(curves.Line(title(name.split('/')[1]), steps, values, colour % 6))   # style.css has six
     known = {chance[name] for name in names if chance.get(name)}
     levels = [curves.Level('chance', known.pop())] if len(known) == 1 else []   # else it differs by split
     if lines:

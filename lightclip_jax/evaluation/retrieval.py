@@ -80,8 +80,9 @@ def metrics(result: RetrievalResult) -> list[Metric]:
 
 def _direction(queries, candidates, right_QxC, top, chunk) -> Direction:
   ranks_Q = best_ranks(queries, candidates, right_QxC, chunk=chunk)
-  return Direction(recall={k: float(np.mean(ranks_Q < k)) for k in top},
-                   chance={k: _chance(right_QxC.count_nonzero(axis=1), len(candidates), k) for k in top},
+  right_Q = right_QxC.count_nonzero(axis=1)   # the rank of those without any, C, would be a hit for a k beyond it
+  return Direction(recall={k: float(np.mean((ranks_Q < k) & (right_Q > 0))) for k in top},
+                   chance={k: _chance(right_Q, len(candidates), k) for k in top},
                    median_rank=float(np.median(ranks_Q)) + 1, count=len(ranks_Q))
 
 

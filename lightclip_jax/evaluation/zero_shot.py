@@ -41,7 +41,8 @@ def zero_shot(
     wrong = labels_N[(labels_N < -1) | (labels_N >= classes)][0]
     raise UserError(f'label {wrong} is not one of the {classes} classes (0 to {classes - 1})')
   ranks_N = best_ranks(image_embeddings_NxD, class_embeddings_CxD, same(labels_N, np.arange(classes)), chunk=chunk)
-  shares, known_N = {k: float(np.mean(ranks_N < k)) for k in top}, labels_N >= 0
+  known_N = labels_N >= 0   # the others' rank, C, would be a hit for a k beyond it
+  shares = {k: float(np.mean((ranks_N < k) & known_N)) for k in top}
   right, seen = np.bincount(labels_N[known_N], ranks_N[known_N] == 0), np.bincount(labels_N[known_N])
   mean_per_class = float(np.mean(right[seen > 0] / seen[seen > 0])) if known_N.any() else 0.0
   return ZeroShotResult(shares, mean_per_class, ranks_N, len(labels_N))

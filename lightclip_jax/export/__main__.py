@@ -1,6 +1,5 @@
 """Exports a checkpoint: python -m lightclip_jax.export --checkpoint=DIR --format=onnx|stablehlo|open_clip --out=DIR"""
 import argparse
-import pathlib
 import sys
 
 from lightclip_jax import cli, storage
@@ -16,7 +15,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
   parser.add_argument('--step', default='last', metavar='last|best|N',
                       help="which checkpoint; best is by the metric that the config's checkpoint.best names")
   parser.add_argument('--format', required=True, choices=('onnx', 'stablehlo', 'open_clip'))
-  parser.add_argument('--out', required=True, help='the folder to write')
+  parser.add_argument('--out', required=True, help='the folder to write, on a disk')
   parser.add_argument('--int8', action='store_true', help='onnx: writes OUT/int8 too, quantised dynamically')
   parser.add_argument('--tokens', action='store_true',
                       help="onnx: writes the token heads too, which only training and the search page's matching use")
@@ -30,9 +29,9 @@ def main(args: argparse.Namespace) -> None:
   from lightclip_jax.export import export
   from lightclip_jax.inference import checkpoint
 
+  out, data = storage.on_disk(args.out), storage.path(args.data) if args.data else None
   loaded = checkpoint.load(storage.path(args.checkpoint), checkpoint.which(args.step))
-  data = pathlib.Path(args.data) if args.data else None
-  for line in export.export(loaded, args.format, pathlib.Path(args.out), data=data, int8=args.int8, tokens=args.tokens):
+  for line in export.export(loaded, args.format, out, data=data, int8=args.int8, tokens=args.tokens):
     print(line, flush=True)
 
 

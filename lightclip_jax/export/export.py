@@ -1,12 +1,16 @@
 """A checkpoint in, a folder out: towers, tokenizer, `model.json`, and the proof that they are the model."""
+import contextlib
 import json
 import pathlib
+import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
+from lightclip_jax import config as config_lib
+from lightclip_jax import storage
 from lightclip_jax.errors import UserError
 from lightclip_jax.export import onnx_files, open_clip, stablehlo, verify
 from lightclip_jax.export import towers as towers_lib
@@ -16,11 +20,16 @@ from lightclip_jax.inference import model as model_lib
 # format -> write(towers, folder): makes the tower files, returns what model.json says about them.
 FORMATS: dict[str, Callable[[towers_lib.Towers, pathlib.Path], dict[str, Any]]] = {
   'onnx': onnx_files.write, 'stablehlo': stablehlo.write, 'open_clip': open_clip.write}
+# All that an export and its int8 can hold; `model.json` first: without it a folder does not look whole.
+FILES = (exported.MODEL_FILE, 'tokenizer.model', 'tokenizer.gz', 'tokenizer.json', 'tokenizer_config.json', 'image.onnx',
+         'text.onnx', 'image_tokens.onnx', 'text_tokens.onnx', 'image.stablehlo', 'text.stablehlo',
+         'open_clip_model.safetensors', 'open_clip_config.json', 'trunk/config.json')
+PARTIAL = '.partial'   # in the folder itself: that may be a mount, into which nothing can be renamed from elsewhere
 
 
-def export(loaded: checkpoint.Loaded, kind: str, out: pathlib.Path, *, data: pathlib.Path | None = None,
+def export(loaded: checkpoint.Loaded, kind: str, out: pathlib.Path, *, data: storage.Path | None = None,
            int8: bool = False, tokens: bool = False) -> Iterator[str]:
-  """Writes and verifies the folder, and yields lines that say what was measured.
+  """Writes and verifies the folder, and yields lines that say what was measured. What fails leaves the folder as it was.
 
   Args:
     loaded: the checkpoint.
@@ -33,11 +42,8 @@ def export(loaded: checkpoint.Loaded, kind: str, out: pathlib.Path, *, data: pat
   Raises:
     UserError: for a folder with something else in it, a missing package, or an export that is not the model.
   """
-  for flag, given in (('--int8', int8), ('--tokens', tokens)):
-    if given and kind != 'onnx':
-      raise UserError(f'{flag} is for --format=onnx, not for {kind}')
-  _check_folder(out, kind, int8)
-  out.mkdir(parents=True, exist_ok=True)
+  _check_flags(kind, int8, tokens, loaded.config)
+  _check_folder(out, kind)
   towers = towers_lib.from_checkpoint(loaded)
   inputs = verify.noise(towers)
   data, asked = data or verify.prepared_folder(loaded.config.data.dataset), None
@@ -46,41 +52,75 @@ def export(loaded: checkpoint.Loaded, kind: str, out: pathlib.Path, *, data: pat
     inputs = {**inputs, **verify.real(towers, data)}
   else:
     yield f'the data set {loaded.config.data.dataset!r} is not here: verified on noise alone (--data names a prepared folder)'
-  for earlier in out.glob('tokenizer*'):   # of another kind, it would be read in the place of this one
-    earlier.unlink()
-  tokenizer_file = f'tokenizer{loaded.tokenizer.suffix}'
-  (out / tokenizer_file).write_bytes(loaded.tokenizer.to_bytes())
-  about = {**FORMATS[kind](towers, out), **towers.description(), 'tokenizer': tokenizer_file}
+  with _in_place_of_the_earlier(out) as partial:
+    tokenizer_file = f'tokenizer{loaded.tokenizer.suffix}'
+    (partial / tokenizer_file).write_bytes(loaded.tokenizer.to_bytes())
+    about = {**FORMATS[kind](towers, partial), **towers.description(), 'tokenizer': tokenizer_file}
+    if kind == 'open_clip':
+      yield from _in_open_clip(partial, about, model_lib.from_checkpoint(towers.loaded), inputs, asked)
+      open_clip.move(partial, out)
+    else:
+      yield from _read_back(partial, about, towers, inputs, asked, int8)
+      if tokens:
+        yield from _token_heads(partial, about, loaded, towers, inputs)
+
+
+@contextlib.contextmanager
+def _in_place_of_the_earlier(out: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A folder whose files take the place of an earlier export's when the block ends well; nobody sees half of them before."""
+  made, partial = not out.exists(), out / PARTIAL
+  shutil.rmtree(partial, ignore_errors=True)   # of an export that was killed
+  partial.mkdir(parents=True)
+  try:
+    yield partial
+    names = [*FILES, *(f'int8/{name}' for name in FILES)]
+    for name in names:
+      (out / name).unlink(missing_ok=True)
+    for name in reversed(names):
+      if (partial / name).exists():
+        (out / name).parent.mkdir(exist_ok=True)
+        (partial / name).rename(out / name)
+  finally:
+    shutil.rmtree(partial)
+    for folder in (out / 'int8', out / 'trunk', *([out] if made else [])):
+      with contextlib.suppress(OSError):   # it is not there, or not empty
+        folder.rmdir()
+
+
+def _read_back(out: pathlib.Path, about: dict[str, Any], towers: towers_lib.Towers, inputs: verify.Inputs,
+               asked: verify.Questions | None, int8: bool) -> Iterator[str]:
+  """What the folder's own towers give, and how they compare."""
   models = [model_lib.from_checkpoint(towers.loaded)]
-  if kind == 'open_clip':
-    yield from _in_open_clip(out, about, models[0], inputs, asked)
-    return
   _finish(out, about)
   models.append(model_lib.load(out))
   about['cosines'] = verify.cosines(*(verify.embed(_sides(model), inputs) for model in models))
   _finish(out, about)
   yield _cosine_line(about['cosines'])
   verify.check(about['cosines'])
-  if tokens:
-    yield from _token_heads(out, about, loaded, towers, inputs)
   if int8:
     models.append(_quantized(out, about, models[0], inputs))
     yield 'int8: ' + _cosine_line(models[-1][1])
     models[-1] = models[-1][0]
-  if kind == 'onnx':
+  if about['format'] == 'onnx':
     yield from _comparison(models, out, asked)
 
 
-def _check_folder(out: pathlib.Path, kind: str, int8: bool) -> None:
-  """Raises UserError for a folder of which something would stay that is not of this export."""
-  if not out.exists():
+def _check_flags(kind: str, int8: bool, tokens: bool, config: config_lib.Config) -> None:
+  for flag, given in (('--int8', int8), ('--tokens', tokens)):
+    if given and kind != 'onnx':
+      raise UserError(f'{flag} is for --format=onnx, not for {kind}')
+  if tokens and config.objective.token_matching.weight.is_zero:
+    raise UserError('objective.token_matching.weight of this run is 0, so its token heads learnt nothing; leave --tokens out')
+
+
+def _check_folder(out: pathlib.Path, kind: str) -> None:
+  """Raises UserError for a folder that is neither new, nor empty, nor an earlier export for the same."""
+  if not out.exists() or out.is_dir() and all(file.name == PARTIAL for file in out.iterdir()):
     return
-  if not out.is_dir() or any(out.iterdir()) and not (out / exported.MODEL_FILE).is_file():
+  if not (out / exported.MODEL_FILE).is_file():
     raise UserError(f'{str(out)!r} holds something else; give a new folder')
-  if any(out.iterdir()) and (earlier := exported.format_of(out)) != kind:
+  if (earlier := exported.format_of(out)) != kind:
     raise UserError(f'{str(out)!r} holds an export for {earlier}, not for {kind}; give a new folder')
-  if (out / 'int8').exists() and not int8:
-    raise UserError(f'{str(out / "int8")!r} is of an earlier export; give --int8 again, or a new folder')
 
 
 def _in_open_clip(out: pathlib.Path, about: dict[str, Any], model: model_lib.Model, inputs: verify.Inputs,

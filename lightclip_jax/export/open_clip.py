@@ -24,8 +24,9 @@ from lightclip_jax.inference.exported import optional
 from lightclip_jax.models import convert, resnet, swin, vit
 
 TORCH_PYTHON = 'LIGHTCLIP_TORCH_PYTHON'
-UNVERIFIED = (f'not verified: open_clip is not installed here, and {TORCH_PYTHON} names no interpreter that has it '
-              '(launch/parity_env.sh makes one)')
+RUNS_ON = ('open_clip', 'torch', 'timm')   # open_clip may be here alone, for ImageNet's names (docs/EVALUATION.md)
+UNVERIFIED = (f'not verified: {", ".join(RUNS_ON)} are not all installed here, and {TORCH_PYTHON} names no interpreter with '
+              'them (launch/parity_env.sh makes one)')
 EPSILON = 1e-5   # of the text tower's LayerNorms
 CLIP_BYTE_PAIRS = '67603cfda2e032ad77b5f8808af37789d590db664b26df8705d2bf8b3c553fc8'   # SHA-256 of bpe_simple_vocab_16e6.txt
 _MOBILENETS = {1.4: '140', 1.0: '100', 0.75: '075', 0.5: '050', 0.35: '035'}
@@ -56,6 +57,13 @@ def write(towers: Towers, folder: pathlib.Path) -> dict[str, Any]:
   (folder / 'open_clip_config.json').write_text(json.dumps(config, indent=2) + '\n')
   same = hugging_face.write(towers.loaded.tokenizer, model.text.context, folder)
   return {'format': 'open_clip', 'weights': 'open_clip_model.safetensors', 'hugging_face_tokenizer': same}
+
+
+def move(folder: pathlib.Path, to: pathlib.Path) -> None:
+  """Makes the absolute paths in the folder's config those that it will have as `to`."""
+  was, will = (json.dumps(str(path.absolute()))[1:-1] for path in (folder, to))
+  config = folder / 'open_clip_config.json'
+  config.write_text(config.read_text().replace(was, will))
 
 
 def timm_model(image: config_lib.ImageTower) -> tuple[str, dict[str, Any]]:
@@ -178,7 +186,7 @@ def embed(folder: pathlib.Path, inputs: verify.Inputs) -> dict[str, np.ndarray] 
   Raises:
     UserError: if open_clip cannot load the folder.
   """
-  python = os.environ.get(TORCH_PYTHON) or (sys.executable if importlib.util.find_spec('open_clip') else None)
+  python = os.environ.get(TORCH_PYTHON) or (sys.executable if all(map(importlib.util.find_spec, RUNS_ON)) else None)
   if not python:
     return None
   with tempfile.TemporaryDirectory() as scratch:
@@ -188,5 +196,6 @@ def embed(folder: pathlib.Path, inputs: verify.Inputs) -> dict[str, np.ndarray] 
     done = subprocess.run([python, '-I', pathlib.Path(__file__).with_name('open_clip_side.py'), folder, *files],
                           env=environment, capture_output=True, text=True)
     if done.returncode:
-      raise UserError(f'open_clip cannot load {str(folder)!r}: {done.stderr.strip().splitlines()[-1]}')
+      said = done.stderr.strip().splitlines() or [f'{python} ended with exit code {done.returncode} and said nothing']
+      raise UserError(f'open_clip cannot load {str(folder)!r}: {said[-1]}')
     return dict(np.load(files[1]))

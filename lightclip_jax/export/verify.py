@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lightclip_jax import storage
 from lightclip_jax.data import datasets, manifest, pipeline, transforms
 from lightclip_jax.errors import UserError
 from lightclip_jax.evaluation import labelled
@@ -40,7 +41,7 @@ def noise(towers: Towers, seed: int = 0) -> Inputs:
   return {'image/noise': rng.integers(0, 256, (EXAMPLES, *towers.image_item.shape), np.uint8), 'text/noise': tokens_NxW}
 
 
-def real(towers: Towers, folder: pathlib.Path) -> Inputs:
+def real(towers: Towers, folder: storage.Path) -> Inputs:
   """The first examples of the split that `questions` are of."""
   records = _records(towers, folder)[:EXAMPLES]
   return {'image/real': _images(towers, records),
@@ -75,7 +76,7 @@ def check(lowest: Mapping[str, float]) -> None:
       raise UserError(f'the export is not the model: cosine {value:.6f} on {name}; it must be at least {MIN_COSINE}')
 
 
-def questions(towers: Towers, folder: pathlib.Path) -> Questions | None:
+def questions(towers: Towers, folder: storage.Path) -> Questions | None:
   """The held-out style (else the config's first split) and all concepts of the data; None where they have none."""
   concepts = manifest.load(folder).concepts
   if not concepts:
@@ -99,7 +100,7 @@ def latency(tower: Callable, example: np.ndarray, runs: int = 30) -> float:
   return 1000 * statistics.median(seconds[2:])
 
 
-def _records(towers: Towers, folder: pathlib.Path) -> Sequence:
+def _records(towers: Towers, folder: storage.Path) -> Sequence:
   splits = [s for s in towers.loaded.config.evaluation.splits if s in manifest.load(folder).splits]
   if not splits:
     raise UserError(f'{str(folder)!r} has none of the splits {", ".join(towers.loaded.config.evaluation.splits)}')

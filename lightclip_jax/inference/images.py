@@ -46,11 +46,11 @@ def _not_empty(image_HxWx3: np.ndarray) -> np.ndarray:
 
 def _rgb(image: Image) -> np.ndarray:
   """uint8 RGB [H, W, 3]; transparency becomes white, as in training."""
+  if not isinstance(image, (str, os.PathLike, PIL.Image.Image)):
+    raise UserError(f'images hold one {type(image).__name__}; each must be a path or a PIL image, or all one uint8 array')
   try:
     if isinstance(image, PIL.Image.Image):
       return transforms.to_rgb(image)
-    if not isinstance(image, (str, os.PathLike)):
-      raise UserError(f'images hold one {type(image).__name__}; each must be a path or a PIL image, or all one uint8 array')
     return transforms.decode(pathlib.Path(image).read_bytes())
   except (OSError, ValueError, TypeError) as error:
     raise UserError(f'cannot read the image {str(image)!r}: {error}') from error

@@ -6,7 +6,7 @@ Letters: b examples that a tower gets at a time, S image size, W text positions,
 """
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +25,15 @@ _WIDTHS = {'mobilenetv2_140': 1.4, 'mobilenetv2_100': 1.0, 'mobilenetv2_075': 0.
            'mobilenetv2_035': 0.35}
 _TRUNKS = {**dict.fromkeys(_WIDTHS, 'mobilenet_v2'), 'resnet18': 'resnet18', 'vit_tiny_patch16_224': 'vit_ti',
            'swin_tiny_patch4_window7_224': 'swin_nano'}
+# Options that are read here, say only how a model is trained, or mean nothing beside those that `_only` insists on.
+_MODEL = 'embed_dim', 'vision_cfg', 'text_cfg', 'custom_text', 'init_logit_scale', 'nonscalar_logit_scale', 'output_dict'
+_VISION = 'timm_model_name', 'timm_model_pretrained', 'timm_drop', 'timm_drop_path', 'patch_dropout', 'image_size'
+_TRUNK_ARGUMENTS = {'mobilenet_v2': (), 'resnet18': ('channels',), 'vit_ti': ('img_size', 'patch_size'),
+                    'swin_nano': ('img_size', 'patch_size', 'window_size', 'embed_dim', 'depths', 'num_heads')}
+_TEXT = ('context_length', 'vocab_size', 'width', 'heads', 'layers', 'pool_type', 'eos_id', 'pad_id', 'no_causal_mask',
+         'norm_kwargs', 'hf_tokenizer_name', 'tokenizer_kwargs', 'output_tokens', 'hf_model_pretrained', 'hf_proj_type',
+         'hf_pooler_type')
+_PREPROCESS = 'size', 'mean', 'std', 'fill_color'
 _PADDING_OFF = 999.0   # an embedding of the padding token beyond this switches attention to padding off (export/open_clip.py)
 
 
@@ -41,12 +50,13 @@ def load(folder: storage.Path) -> dict[str, Any]:
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise UserError(f'{str(folder / CONFIG_FILE)!r} does not describe a model of open_clip ({error!r})') from error
   try:
+    _only(model, _MODEL)
     image = _image(folder, vision)
     preprocessing = _preprocessing(preprocess, image.size)
     weights = weight_files.read(folder / WEIGHTS_FILE)
     tokenizer = _tokenizer(folder)
     image_tower = _image_tower(image, weights, preprocessing, dim)
-    text_tower = _text_tower(text, weights, tokenizer, dim, bool(model.get('quick_gelu')))
+    text_tower = _text_tower(text, weights, tokenizer, dim)
     scale = float(np.exp(weights['logit_scale'].reshape(())))
   except (KeyError, TypeError, ValueError) as error:
     what = error if isinstance(error, UserError) else repr(error)
@@ -59,12 +69,15 @@ def _image(folder: storage.Path, vision: Mapping[str, Any]) -> config_lib.ImageT
   """Our name and options of a timm trunk."""
   name, arguments = vision.get('timm_model_name'), {}
   if str(name).startswith('local-dir:'):   # its path is absolute, and the folder may have moved
-    trunk = json.loads((folder / 'trunk/config.json').read_text(encoding='utf-8'))
+    if not (file := folder / 'trunk/config.json').is_file():
+      raise UserError(f'its image tower is {name!r}, but it has no trunk/config.json')
+    trunk = json.loads(file.read_text(encoding='utf-8'))
     name, arguments = trunk['architecture'], trunk['model_args']
   if name not in _TRUNKS:
     raise UserError(f'its image tower is {name!r}; known are {", ".join(_TRUNKS)} of timm')
   tower = _TRUNKS[name]
-  _only(vision, timm_proj='linear', timm_pool='token' if tower == 'vit_ti' else 'avg', timm_proj_bias=False)
+  _only(vision, _VISION, timm_proj='linear', timm_pool='token' if tower == 'vit_ti' else 'avg')
+  _only(arguments, _TRUNK_ARGUMENTS[tower])
   image = config_lib.ImageTower(name=tower, size=vision['image_size'], width=_WIDTHS.get(name, 1.0))
   if tower == 'resnet18' and 'channels' in arguments:
     channels = tuple(arguments['channels'])
@@ -78,18 +91,20 @@ def _image(folder: storage.Path, vision: Mapping[str, Any]) -> config_lib.ImageT
 
 
 def _preprocessing(preprocess: Mapping[str, Any], size: int) -> dict[str, Any]:
-  _only(preprocess, mode='RGB', interpolation='bicubic', resize_mode='shortest')
+  _only(preprocess, _PREPROCESS, mode='RGB', interpolation='bicubic', resize_mode='shortest')
   if preprocess.get('size') not in (size, [size, size]):
     raise UserError(f'its preprocessing makes images of {preprocess.get("size")}, the tower wants {size}')
   return {'size': size, 'mean': preprocess['mean'], 'std': preprocess['std'], 'interpolation': 'bicubic',
           'resize_mode': 'shortest'}
 
 
-def _only(section: Mapping[str, Any], **wanted: Any) -> None:
-  """Raises UserError where an option is there and another than the one that we have."""
-  for name, value in wanted.items():
-    if section.get(name, value) != value:
-      raise UserError(f'its {name} is {section[name]!r}; only {value!r} is known')
+def _only(section: Mapping[str, Any], read: Sequence[str], **wanted: Any) -> None:
+  """Raises UserError for an option that is another than the one that we have, or is set and neither that nor `read`."""
+  for name, value in section.items():
+    if name in wanted and value != wanted[name]:
+      raise UserError(f'its {name} is {value!r}; only {wanted[name]!r} is known')
+    if value and name not in (*read, *wanted):
+      raise UserError(f'its {name} is {value!r}; our towers have no such option')
 
 
 def _tokenizer(folder: storage.Path) -> Any:
@@ -118,12 +133,13 @@ def _image_tower(image: config_lib.ImageTower, weights: Mapping[str, np.ndarray]
   return lambda batch: run(variables, projection_FxD, batch)
 
 
-def _text_tower(text: Mapping[str, Any], weights: Mapping[str, np.ndarray], tokenizer: Any, dim: int, quick_gelu: bool
+def _text_tower(text: Mapping[str, Any], weights: Mapping[str, np.ndarray], tokenizer: Any, dim: int
                 ) -> Callable[[np.ndarray], jax.Array]:
   """int32 [b, W] -> float32 [b, D], unit norm."""
   theirs = {k.removeprefix('text.'): v for k, v in weights.items() if k.startswith('text.')} or weights
-  _only(text, hf_model_name=None, embed_cls=False, ls_init_value=None, mlp_ratio=4.0, proj_type='linear', proj_bias=False)
-  _only({'quick_gelu': quick_gelu}, quick_gelu=False)
+  _only(text, _TEXT, mlp_ratio=4.0, proj_type='linear')
+  _only(text.get('norm_kwargs') or {}, ('eps',))
+  _only(text.get('tokenizer_kwargs') or {}, ('bpe_path',))
   pool, causal = text.get('pool_type', 'argmax'), not text.get('no_causal_mask', False)
   vocabulary, width = _matrix('token_embedding.weight', theirs).shape
   end = {'argmax': vocabulary - 1, 'eos': text.get('eos_id', 2)}.get(pool)

@@ -1,11 +1,10 @@
 """Searches one's own pictures by words or by a picture: python -m lightclip_jax.search index|query|serve|bundle"""
 import argparse
 import json
-import pathlib
 import sys
 from collections.abc import Callable
 
-from lightclip_jax import cli
+from lightclip_jax import cli, storage
 from lightclip_jax.errors import UserError
 
 _EXAMPLES = """examples:
@@ -13,6 +12,9 @@ _EXAMPLES = """examples:
   python -m lightclip_jax.search query pictures.index "a red apple" --top=5
   python -m lightclip_jax.search serve --model=deployed
   python -m lightclip_jax.search bundle --model=deployed --out=site"""
+
+
+_PATHS = 'folder', 'model', 'out', 'index', 'image'   # of all commands
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -29,20 +31,20 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def _index_flags(flags: argparse.ArgumentParser) -> None:
-  flags.add_argument('folder', type=pathlib.Path, help='the pictures, recursively')
+  flags.add_argument('folder', help='the pictures, recursively')
   _model_flag(flags)
-  flags.add_argument('--out', type=pathlib.Path, required=True, metavar='INDEX',
+  flags.add_argument('--out', required=True, metavar='INDEX',
                      help='the index: a new folder, or one to bring up to date')
   flags.add_argument('--processes', type=cli.positive, help='default: one a core')
 
 
 def _query_flags(flags: argparse.ArgumentParser) -> None:
-  flags.add_argument('index', type=pathlib.Path, help='what `index` made')
+  flags.add_argument('index', help='what `index` made')
   flags.add_argument('text', nargs='?', help='what the pictures should show')
-  flags.add_argument('--image', type=pathlib.Path, metavar='FILE',
+  flags.add_argument('--image', metavar='FILE',
                      help='a picture to which others should be similar, instead of a text')
   flags.add_argument('--top', type=cli.positive, default=10, help='how many answers (default 10)')
-  flags.add_argument('--model', type=pathlib.Path, metavar='EXPORT',
+  flags.add_argument('--model', metavar='EXPORT',
                      help='the export, if it is no longer where the index was made')
   flags.add_argument('--json', action='store_true', help='answer [{"path", "cosine"}, …]')
 
@@ -55,11 +57,11 @@ def _serve_flags(flags: argparse.ArgumentParser) -> None:
 
 def _bundle_flags(flags: argparse.ArgumentParser) -> None:
   _model_flag(flags)
-  flags.add_argument('--out', type=pathlib.Path, required=True, metavar='DIR', help='a new or an empty folder')
+  flags.add_argument('--out', required=True, metavar='DIR', help='a new or an empty folder')
 
 
 def _model_flag(flags: argparse.ArgumentParser) -> None:
-  flags.add_argument('--model', type=pathlib.Path, required=True, metavar='EXPORT',
+  flags.add_argument('--model', required=True, metavar='EXPORT',
                      help='a folder that `lightclip_jax.export --format=onnx` wrote')
 
 
@@ -78,7 +80,7 @@ def _query(args: argparse.Namespace) -> None:
   from lightclip_jax.search import index, pictures, towers  # after the mistakes that need no model
 
   loaded = index.load(args.index)
-  export = towers.Export(args.model or pathlib.Path(loaded.model))
+  export = towers.Export(args.model or storage.on_disk(loaded.model))
   if export.fingerprint() != loaded.fingerprint:
     raise UserError(f'{str(export.folder)!r} is not the model that made {str(args.index)!r}; index again, or name that one '
                     'with --model')
@@ -119,6 +121,9 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[a
 def main(argv: list[str] | None = None) -> None:
   """Runs one command line; raises what goes wrong."""
   args = parse(argv)
+  for name in _PATHS:
+    if getattr(args, name, None) is not None:
+      setattr(args, name, storage.on_disk(getattr(args, name)))
   args.function(args)
 
 

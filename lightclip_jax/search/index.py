@@ -3,7 +3,9 @@
 Letters: N pictures, n pictures of a part, S image size, D embedding.
 """
 import concurrent.futures
+import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import multiprocessing
@@ -19,14 +21,13 @@ from lightclip_jax import storage
 from lightclip_jax.data import processes
 from lightclip_jax.errors import UserError
 from lightclip_jax.search import pictures, ranking
+from lightclip_jax.search.pictures import File
 from lightclip_jax.search.towers import Export
 
 FILE_NAME = 'index.json'
 _PART = 64             # pictures that a process takes at a time
 _SAVE_SECONDS = 60     # what a killed process loses at most
 _COLUMNS = ('paths', 'sizes', 'times')
-
-File = tuple[str, int, int]   # path below the folder, bytes, modification time in ns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Index:
     model: the export that embedded them.
     fingerprint: of that export.
     files: one a row.
-    bad: those that could not be read, with the reason.
+    bad: those that could not be read, and folders, with the reason.
     vectors_NxD: float32, unit norm, a read-only memory map.
   """
   folder: str
@@ -61,15 +62,14 @@ def load(out: pathlib.Path) -> Index:
   Raises:
     UserError: if `out` is none, or is damaged.
   """
+  if not (out / FILE_NAME).is_file():
+    raise UserError(f'{str(out)!r} is no index ({FILE_NAME} is missing); make one with: python -m lightclip_jax.search index')
   try:
     about = json.loads((out / FILE_NAME).read_text(encoding='utf-8'))
     vectors_NxD = np.load(out / about['embeddings'], mmap_mode='r')[:about['count']]
     files = list(zip(*(about[name] for name in _COLUMNS), strict=True))
     bad = {(path, size, changed): reason for path, size, changed, reason in about['bad']}
     index = Index(about['folder'], about['model'], about['fingerprint'], files, bad, vectors_NxD)
-  except FileNotFoundError as error:
-    raise UserError(f'{str(out)!r} is no index ({pathlib.Path(error.filename).name} is missing); make one with: '
-                    'python -m lightclip_jax.search index') from error
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise UserError(f'the index {str(out)!r} is damaged ({error!r}); delete it and index again') from error
   if vectors_NxD.ndim != 2 or len(vectors_NxD) != len(files):
@@ -79,7 +79,8 @@ def load(out: pathlib.Path) -> Index:
 
 def update(folder: pathlib.Path, export: Export, out: pathlib.Path, workers: int | None = None) -> tuple[Index, int]:
   """Makes the index `out`, or embeds what is new or changed since it was made (by path, size and time); what is gone is left
-  out. It is replaced at once, every minute too, so that an interrupted run goes on where it was.
+  out. What could not be read is tried again, and what was read in a folder that now cannot be is kept. The index is replaced
+  at once, every minute too, so that an interrupted run goes on where it was.
 
   Args:
     folder: the pictures, recursively.
@@ -91,24 +92,46 @@ def update(folder: pathlib.Path, export: Export, out: pathlib.Path, workers: int
     The index, and how many pictures were embedded now.
 
   Raises:
-    UserError: if `folder` cannot be read, or `out` is something else or belongs to other pictures or another model.
+    UserError: if `folder` cannot be read, or `out` is something else, belongs to other pictures or another model, or another
+      process writes it.
   """
-  found = list(pictures.find(folder))
-  earlier = _earlier(folder, export, out)
-  kept = {file: row for row, file in enumerate(earlier.files)} if earlier else {}
-  bad = {file: earlier.bad[file] for file in found if file in earlier.bad} if earlier else {}
-  rows = [kept[file] for file in found if file in kept]
-  new = [file for file in found if file not in kept and file not in bad]
-  if earlier and not new and len(rows) == len(kept) and len(bad) == len(earlier.bad):
-    return earlier, 0
-  with _Writer(out, folder, export, bad) as writer:
-    for start in range(0, len(rows), 65536):
-      part = rows[start:start + 65536]
-      writer.add([earlier.files[row] for row in part], earlier.vectors_NxD[part])
-    for files, vectors_nxD, failures in _embed(folder, new, export, workers):
-      bad.update(failures)
-      writer.add(files, vectors_nxD)
-  return load(out), len(new) - sum(file in bad for file in new)
+  found, bad = pictures.find(folder)
+  with _alone(out):
+    earlier = _earlier(folder, export, out)
+    kept = {file: row for row, file in enumerate(earlier.files)} if earlier else {}
+    hidden = tuple(os.path.join(path, '') for path, _, _ in bad)
+    still = [*found, *(file for file in kept if file[0].startswith(hidden))]
+    rows, new = [kept[file] for file in still if file in kept], [file for file in found if file not in kept]
+    parts = _embed(folder, new, export, workers)
+    if earlier and len(rows) == len(kept) and {*new, *bad} == earlier.bad.keys():   # nothing is new but what was bad
+      first = next((part for part in parts if part[0]), None)
+      if first is None:
+        return earlier, 0
+      bad, parts = {**earlier.bad}, itertools.chain([first], parts)
+    with _Writer(out, folder, export, bad) as writer:
+      for start in range(0, len(rows), 65536):
+        part = rows[start:start + 65536]
+        writer.add([earlier.files[row] for row in part], earlier.vectors_NxD[part])
+      for files, vectors_nxD, failures in parts:
+        bad.update(failures)
+        for file in files:
+          bad.pop(file, None)
+        writer.add(files, vectors_nxD)
+    return load(out), len(new) - sum(file in bad for file in new)
+
+
+@contextlib.contextmanager
+def _alone(out: pathlib.Path) -> Iterator[None]:
+  """Makes the folder, in which nobody else indexes meanwhile: two that did would delete each other's embeddings."""
+  out.mkdir(parents=True, exist_ok=True)
+  try:
+    descriptor = storage.lock(out, 'another process indexes into this folder')
+  except BlockingIOError as error:
+    raise UserError(f'another process indexes into {str(out)!r}; wait for it, or give another --out') from error
+  try:
+    yield
+  finally:
+    os.close(descriptor)
 
 
 def _earlier(folder: pathlib.Path, export: Export, out: pathlib.Path) -> Index | None:
@@ -136,7 +159,6 @@ class _Writer:
     self._dim = export.about['embed_dim']
 
   def __enter__(self) -> '_Writer':
-    self._out.mkdir(parents=True, exist_ok=True)
     self._stream = (self._out / self._name).open('wb')
     self._header()
     self._saved = time.monotonic()

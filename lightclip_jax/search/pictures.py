@@ -4,34 +4,38 @@ Letters: H height, W width, S output size.
 """
 import os
 import pathlib
-from collections.abc import Iterator
 
 import numpy as np
 
 from lightclip_jax.data import transforms
 from lightclip_jax.errors import UserError
 
+File = tuple[str, int, int]   # path below the folder, bytes, modification time in ns
+
 SUFFIXES = frozenset('.jpg .jpeg .jfif .png .webp .gif .bmp .tif .tiff .avif .ppm .pgm'.split())
 
 
-def find(folder: pathlib.Path) -> Iterator[tuple[str, int, int]]:
-  """(path below `folder`, bytes, modification time in ns) of every picture by its suffix, sorted; links to folders and hidden
+def find(folder: pathlib.Path) -> tuple[list[File], dict[File, str]]:
+  """Every picture by its suffix, sorted, and the folders that cannot be read, with the reason; links to folders and hidden
   folders are not entered.
 
   Raises:
     UserError: if `folder` is no folder that can be read.
   """
-  def refuse(error: OSError) -> None:
+  def note(error: OSError) -> None:
     if pathlib.Path(error.filename) == folder:
       raise UserError(f'{str(folder)!r} is no folder that can be read: {error.strerror}') from error
+    unreadable[os.path.relpath(error.filename, folder), 0, 0] = f'cannot read the folder {error.filename!r}: {error.strerror}'
 
-  for parent, folders, names in os.walk(folder, onerror=refuse):
+  found, unreadable = [], {}
+  for parent, folders, names in os.walk(folder, onerror=note):
     folders[:] = sorted(name for name in folders if not name.startswith('.'))
     for name in sorted(names):
       path = os.path.join(parent, name)
       if os.path.splitext(name)[1].lower() in SUFFIXES and os.path.isfile(path):
         status = os.stat(path)
-        yield os.path.relpath(path, folder), status.st_size, status.st_mtime_ns
+        found.append((os.path.relpath(path, folder), status.st_size, status.st_mtime_ns))
+  return found, unreadable
 
 
 def read(path: str | os.PathLike[str], size: int) -> np.ndarray:

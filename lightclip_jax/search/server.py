@@ -4,8 +4,9 @@ import http.server
 import os
 import pathlib
 import shutil
+import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from lightclip_jax.errors import UserError
 
@@ -24,11 +25,16 @@ class Server(http.server.ThreadingHTTPServer):
   """Serves while `serve_forever` runs; `url` is where."""
   daemon_threads = True
 
+  def __init__(self, address: tuple[str, int], handler: Callable):
+    if ':' in address[0]:
+      self.address_family = socket.AF_INET6
+    super().__init__(address, handler)
+
   @property
   def url(self) -> str:
     """With the port that was given or found."""
     host, port = self.server_address[:2]
-    return f'http://{host}:{port}/'
+    return f'http://[{host}]:{port}/' if ':' in host else f'http://{host}:{port}/'
 
   def handle_error(self, request: object, client_address: object) -> None:
     """Says nothing about a client that went away, one line about everything else."""
@@ -46,8 +52,8 @@ def open_server(site: Mapping[str, pathlib.Path], host: str = '127.0.0.1', port:
   try:
     return Server((host, port), functools.partial(_Handler, dict(site)))
   except (OSError, OverflowError) as error:
-    raise UserError(f'cannot listen on {host}:{port} ({getattr(error, "strerror", None) or error}); give another --port, or 0 '
-                    'for any that is free') from error
+    raise UserError(f'cannot listen on {host}:{port} ({getattr(error, "strerror", None) or error}); give another --port (0: '
+                    'any that is free) or another --host') from error
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):

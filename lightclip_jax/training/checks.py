@@ -2,7 +2,6 @@
 import base64
 import contextlib
 import dataclasses
-import fcntl
 import json
 import operator
 import os
@@ -263,7 +262,7 @@ def alone(workdir: storage.Path) -> Iterator[None]:
   """Makes the workdir, in which nobody else trains meanwhile: two that did would cut off each other's logs and checkpoints.
 
   A process that does is waited for, since it may be saving. Buckets, and disks that have no locks for folders (NFS), are not
-  protected; the system gives a lock back when its process dies, however it does.
+  protected.
 
   Raises:
     UserError: where the other one goes on.
@@ -272,24 +271,14 @@ def alone(workdir: storage.Path) -> Iterator[None]:
     yield
     return
   workdir.mkdir(parents=True, exist_ok=True)
-  descriptor = os.open(workdir, os.O_RDONLY | os.O_DIRECTORY)
   try:
-    try:
-      storage.patiently(lambda: _lock(descriptor, workdir))
-    except BlockingIOError as error:
-      raise UserError(f'another process trains in {str(workdir)!r}; wait for it, stop it, or use another --workdir') from error
+    descriptor = storage.patiently(lambda: storage.lock(workdir, 'another process trains in this workdir'))
+  except BlockingIOError as error:
+    raise UserError(f'another process trains in {str(workdir)!r}; wait for it, stop it, or use another --workdir') from error
+  try:
     yield
   finally:
     os.close(descriptor)
-
-
-def _lock(descriptor: int, workdir: storage.Path) -> None:
-  try:
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError as error:
-    raise BlockingIOError(error.errno, 'another process trains in this workdir', str(workdir)) from error
-  except OSError:   # no such locks here
-    pass
 
 
 def _differing(one: dict[str, Any], other: dict[str, Any], where: str, elsewhere: str) -> str:

@@ -1,5 +1,6 @@
 """The command, and gallery, matchings and report of a real (untrained) model on the data set of shapes."""
 import json
+import os
 import subprocess
 import sys
 
@@ -67,6 +68,17 @@ def test_the_command_writes_what_the_function_measures(folder, loaded, session, 
     evaluate.main(evaluate.parse(['--checkpoint=run', '--batch_size=0', f'--out={out}']))
 
 
+def test_prompts_that_no_task_uses_are_named(loaded, monkeypatch, tmp_path, capsys):
+  monkeypatch.setattr(checkpoint, 'load', lambda path, step: loaded)
+  (tmp_path / 'mine.json').write_text('{"digit": ["the {}"], "digits": ["the {}"]}')
+  monkeypatch.setattr(evaluation, 'run_each', lambda *_: [])
+  flags = ['--checkpoint=run', f'--out={tmp_path / "none.json"}', f'--prompts={tmp_path / "mine.json"}']
+  for chosen, said in ((['zero_shot:digits', 'zero_shot:./my/colours'], "'digit'; here they can be for colours, digits"),
+                       (['knn:digits'], "'digits'; here they can be for no image set")):
+    evaluate.main(evaluate.parse([*flags, *(f'--task={name}' for name in chosen)]))
+    assert f'no task uses the prompts for {said}\n' in capsys.readouterr().out
+
+
 def test_embeddings_are_unit_vectors_whatever_the_batch(session, folder, loaded):
   one = Embedder(session.embedder.model, loaded.config.model, loaded.variables, loaded.tokenizer, batch_size=24)
   images = session.images('heldout_images')
@@ -104,3 +116,13 @@ def test_mistakes_are_one_line_and_exit_code_2(flags, words):
   done = subprocess.run([sys.executable, '-m', 'lightclip_jax.evaluate', *flags], capture_output=True, text=True)
   assert done.returncode == 2
   assert words in done.stderr and done.stderr.count('\n') == 1
+
+
+def test_the_command_keeps_what_it_compiles(tmp_path):
+  code = ('import sys; from lightclip_jax import evaluate\n'
+          'try: evaluate.main(evaluate.parse(["--checkpoint=none", "--out=none.json"]))\n'
+          'except ValueError: print(sys.modules["jax"].config.jax_compilation_cache_dir)')
+  environment = {name: value for name, value in os.environ.items() if name != 'JAX_COMPILATION_CACHE_DIR'}
+  done = subprocess.run([sys.executable, '-c', code], env=environment | {'LIGHTCLIP_DATA': str(tmp_path)},
+                        capture_output=True, text=True, check=True)
+  assert done.stdout == f'{tmp_path / "compiled"}\n'

@@ -80,7 +80,8 @@ def test_prompts_of_a_file_are_used_and_hashed(colours, tmp_path):
   assert prompts.choose('name').resolve('photo', 'x') == ('name', ('{}',))
 
 
-def test_karpathys_file(colours, tmp_path):
+def test_karpathys_file(colours, tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
   rng, rows = np.random.default_rng(1), []
   (tmp_path / 'images' / 'val2014').mkdir(parents=True)
   for i, colour in enumerate(shapes.COLOURS):
@@ -88,7 +89,7 @@ def test_karpathys_file(colours, tmp_path):
     rows.append({'filename': f'{i}.png', 'filepath': 'val2014', 'split': 'test' if i else 'train',
                  'sentences': [{'raw': f'{colour} thing number {n}'} for n in range(7)]})
   (tmp_path / 'dataset.json').write_text(json.dumps({'images': rows, 'dataset': 'coco'}))
-  got = {m.name: m for m in evaluate.run(Session(Pixels(), colours), tasks.choose([f'retrieval:{tmp_path / "dataset.json"}']))}
+  got = {m.name: m for m in evaluate.run(Session(Pixels(), colours), tasks.choose(['retrieval:~/dataset.json']))}
   assert got['eval/retrieval:dataset/image_to_text_r1'].count == 5         # the training image is left out
   assert got['eval/retrieval:dataset/text_to_image_r1'].count == 25        # five captions each
   assert got['eval/retrieval:dataset/text_to_image_r1'].value >= 0.8       # black on white is no colour's direction
@@ -162,6 +163,18 @@ def images_of(classes, *labels):
 def file(folder, text):
   (folder / 'given.json').write_text(text)
   return folder / 'given.json'
+
+
+def test_a_class_may_be_called_train(tmp_path):
+  for name in ('car', 'train', 'plane'):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / 'x.png').touch()
+  assert folder.load(str(tmp_path)).classes == ('car', 'plane', 'train')
+  for name in ('train', 'test'):
+    (tmp_path / 'parts' / name / 'car').mkdir(parents=True)
+    (tmp_path / 'parts' / name / 'car/x.png').touch()
+  (tmp_path / 'parts/notes').mkdir()
+  assert folder.load(str(tmp_path / 'parts')).classes == ('car',) and len(folder.load(str(tmp_path / 'parts')).train) == 1
 
 
 def test_an_empty_class_and_a_broken_image_are_named(tmp_path):

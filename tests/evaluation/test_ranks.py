@@ -75,14 +75,14 @@ def test_zero_shot_equals_argsort_without_ties():
 
 def test_records_that_cannot_be_used_are_mistakes():
   eye = np.eye(3, dtype=np.float32)
-  got = zero_shot(eye, eye, np.array([0, -1, 2]), top=(1, 3))
-  assert got.top == {1: 2 / 3, 3: 2 / 3} and got.mean_per_class == 1.0 and got.ranks.tolist() == [0, 3, 0]
+  got = zero_shot(eye, eye, np.array([0, -1, 2]), top=(1, 3, 5))   # 5: also among more than there are classes
+  assert got.top == {1: 2 / 3, 3: 2 / 3, 5: 2 / 3} and got.mean_per_class == 1.0 and got.ranks.tolist() == [0, 3, 0]
   assert zero_shot(eye, eye, np.array([-1, -1, -1]), top=(1,)).mean_per_class == 0.0
   texts, right = distinct([['a'], [''], ['b']])
-  found = retrieval(eye, eye, right, top=(1, 3))
+  found = retrieval(eye, eye, right, top=(1, 3, 10))
   assert texts == ['a', '', 'b']
   for way in (found.image_to_text, found.text_to_image):
-    assert way.recall == {1: 2 / 3, 3: 2 / 3} and way.count == 3 and way.chance[1] == pytest.approx(2 / 9)
+    assert way.recall == {1: 2 / 3, 3: 2 / 3, 10: 2 / 3} and way.count == 3 and way.chance[1] == pytest.approx(2 / 9)
 
 
 def test_five_captions_an_image():

@@ -129,6 +129,14 @@ def test_curves_end_with_the_final_results(tmp_path):
   assert page.count('circle') == 4 and 'Held-out style, step 190: 1.90 %' in page.text
 
 
+def test_curves_and_their_key_have_the_same_six_colours(tmp_path):
+  rows = [{'step': step, **{f'eval/{name}/concept_top1': 0.1 * step for name in 'abcdefg'}} for step in (1, 2)]
+  (tmp_path / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+  page = report.write_report(tmp_path, [], [], [], config.Config()).read_text()
+  curves = re.findall(r'polyline class="line line-(\d+)"', page)
+  assert re.findall(r'--mark: var\(--c(\d)\)">[A-G]<', page) == curves == [*'0123450']
+
+
 def test_heat_is_pale_where_it_is_even():
   def shown(heat):
     data = base64.b64decode(report._overlay(np.asarray(heat, float)).split(',')[1])

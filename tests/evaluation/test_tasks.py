@@ -88,12 +88,37 @@ def test_captions_of_pairs_without_concepts(folder):
   """All captions of an image are right for it when the data have no names."""
   session = Session(Oracle(folder, lambda record: record.captions[3]), folder)
   session.manifest = types.SimpleNamespace(name='pairs', concepts=(), groups=())
+  pairs = [dataclasses.replace(r, concept='', group='') for r in session.records('heldout_images')]
+  session.records = lambda split: pairs
   got = {m.name.split('/')[-1]: m for m in prepared.run(session, 'heldout_images')}
   assert not [name for name in got if 'top' in name]
   assert got['image_to_text_r1'].value == 1.0
   texts = sum(len(r.captions) for r in session.records('heldout_images'))
   assert got['text_to_image_r1'].count == texts
   assert got['text_to_image_r1'].value == pytest.approx(len(session.records('heldout_images')) / texts)
+
+
+def test_a_mixtures_pairs_without_concepts_are_not_asked_for_one(folder):
+  records = pipeline.evaluation_records(folder, 'heldout_images')
+  for i in (1, 2, 5):
+    records[i] = dataclasses.replace(records[i], concept='', group='', captions=('a sentence', f'sentence {i}'))
+  records[7] = dataclasses.replace(records[7], concept='', group='', captions=('',))   # cannot be used
+  oracle = Oracle(folder, lambda record: record.concept or record.captions[-1])
+  oracle.by_split = {'heldout_images': records}
+  session = Session(oracle, folder)
+  session.records = lambda split: records
+  got = {m.name: m for m in prepared.run(session, 'heldout_images')}
+  asked = len(records) - 3
+  assert (got['concept_top1'].value, got['concept_top1'].count) == (pytest.approx((asked - 1) / asked), asked)
+  assert got['group_top1'].count == asked
+  assert got['image_to_text_r1'].value == pytest.approx((len(records) - 1) / len(records))   # by their second captions
+  assert {p.name for p in gallery.make_gallery(session, 'heldout_images', count=99) if not p.right} == {''}   # the black one
+  assert sum(one.count for one in insight.look(session, 'heldout_images', []).bins) == asked
+  session, oracle.by_split = Session(oracle, folder), {'heldout_images': records[1:3]}
+  session.records = lambda split: records[1:3]
+  assert [m.name for m in prepared.run(session, 'heldout_images') if 'top' in m.name] == []
+  assert not gallery.make_gallery(session, 'heldout_images')
+  assert insight.look(session, 'heldout_images', []) == insight.Insight()
 
 
 def test_a_caption_that_two_images_share_is_no_miss_for_either():
@@ -188,6 +213,8 @@ def test_matchings_draw_each_word_on_a_square_grid(folder):
     assert one.words[0] in shapes.COLOURS and one.words[1] in shapes.SHAPES
     for heat in one.heat:
       assert heat.shape == (4, 4) and (heat >= 0).all()
+  untrained = config.replace(config.TokenMatching(), weight=config.constant(0.0))   # whose heads are as they were drawn
+  assert not matching.make_matchings(Session(Oracle(folder, None), folder, token_matching=untrained), 'heldout_style')
 
 
 def test_plans_match_each_word_once():

@@ -1,4 +1,5 @@
 """Exported folders are the model, hold nothing else, and say in one line what is wrong with them."""
+import contextlib
 import gzip
 import hashlib
 import json
@@ -48,8 +49,9 @@ def run(workdir, out, *flags):
   command.main(command.parse([f'--checkpoint={workdir}', f'--out={out}', *flags]))
 
 
-def test_stablehlo_is_the_model(workdir, model, tmp_path, capsys):
-  run(workdir, tmp_path / 'out', '--format=stablehlo')
+def test_stablehlo_is_the_model(workdir, model, tmp_path, monkeypatch, capsys):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  run(workdir, '~/out', '--format=stablehlo')
   about = json.loads((tmp_path / 'out/model.json').read_text())
   assert min(about['cosines'].values()) > verify.MIN_COSINE and about['platforms'] == ['cpu', 'cuda', 'tpu']
   assert 'lowest cosines' in capsys.readouterr().out
@@ -151,11 +153,28 @@ def test_open_clip_folder(workdir, model, tmp_path, monkeypatch, capsys):
   assert json.loads((tmp_path / 'out/model.json').read_text())['hugging_face_tokenizer']
   about = json.loads((tmp_path / 'out/trunk/config.json').read_text())
   assert about['architecture'] == 'vit_tiny_patch16_224' and about['model_args']['img_size'] == 32
+  assert config['model_cfg']['vision_cfg']['timm_model_name'] == f'local-dir:{tmp_path / "out/trunk"}'
   moved = (tmp_path / 'out').rename(tmp_path / 'moved')
   same_embeddings(lightclip_jax.load(moved), model)
   (moved / 'tokenizer.model').unlink()   # with its Hugging Face form alone, as in folders of others
   np.testing.assert_allclose(lightclip_jax.load(moved).encode_text(TEXTS), model.encode_text(TEXTS), atol=1e-4)
   _refuses_what_it_does_not_know(moved, config)
+
+
+@contextlib.contextmanager
+def _changed(folder, config, section, changes):
+  """The folder with other options in a section of its config, or in trunk/config.json (None: without that file)."""
+  trunk, model_cfg = (folder / 'trunk/config.json').read_text(), config['model_cfg']
+  if section == 'trunk':
+    (folder / 'trunk/config.json').unlink()
+    if changes:
+      (folder / 'trunk/config.json').write_text(json.dumps(json.loads(trunk) | changes))
+  else:
+    model_cfg = model_cfg | (changes if section == 'model_cfg' else {section: model_cfg[section] | changes})
+  (folder / 'open_clip_config.json').write_text(json.dumps(config | {'model_cfg': model_cfg}))
+  yield
+  (folder / 'open_clip_config.json').write_text(json.dumps(config))
+  (folder / 'trunk/config.json').write_text(trunk)
 
 
 def _refuses_what_it_does_not_know(folder, config):
@@ -166,13 +185,23 @@ def _refuses_what_it_does_not_know(folder, config):
       ('text_cfg', dict(hf_model_name='roberta-base'), 'hf_model_name is'),
       ('text_cfg', dict(pool_type='last'), "pool_type is 'last'"),
       ('text_cfg', dict(eos_id=7), 'ends with 3, its text tower 60 and 7'),
-      ('text_cfg', dict(layers=3), 'has shape none, the tower needs')):
-    model_cfg = config['model_cfg'] | {section: config['model_cfg'][section] | changes}
-    (folder / 'open_clip_config.json').write_text(json.dumps(config | {'model_cfg': model_cfg}))
-    with pytest.raises(UserError, match=words) as error:
+      ('text_cfg', dict(layers=3), 'has shape none, the tower needs'),
+      ('text_cfg', dict(mlp_ratio=3.7), 'mlp_ratio is 3.7; only 4.0 is known'),
+      ('text_cfg', dict(act_kwargs={'approximate': 'tanh'}), 'act_kwargs is .*tanh.*; our towers have no such option'),
+      ('text_cfg', dict(norm_kwargs={'eps': 1e-5, 'bias': True}), 'bias is True'),
+      ('text_cfg', dict(tokenizer_kwargs={'clean': 'canonicalize'}), "clean is 'canonicalize'; our towers have no such"),
+      ('text_cfg', dict(final_ln_after_pool=True), 'final_ln_after_pool is True'),
+      ('vision_cfg', dict(timm_proj_bias=True), 'timm_proj_bias is True'),
+      ('model_cfg', dict(quick_gelu=True), 'quick_gelu is True'),
+      ('model_cfg', dict(init_logit_bias=-10), 'init_logit_bias is -10'),
+      ('trunk', dict(model_args={'img_size': 32, 'reg_tokens': 4}), 'reg_tokens is 4'),
+      ('trunk', None, "image tower is 'local-dir:.*', but it has no trunk/config.json")):
+    with _changed(folder, config, section, changes), pytest.raises(UserError, match=words) as error:
       lightclip_jax.load(folder)
     assert '\n' not in str(error.value) and str(folder) in str(error.value)
-  (folder / 'open_clip_config.json').write_text(json.dumps(config))
+  usual = dict(timm_drop=0.0, timm_drop_path=0.1, timm_model_pretrained=True, patch_dropout=0.5)   # of training alone
+  with _changed(folder, config, 'vision_cfg', usual):
+    lightclip_jax.load(folder)
   for name, words in (('tokenizer.json', 'has no tokenizer file'), ('open_clip_model.safetensors', 'there is no weight file')):
     (folder / name).unlink()
     with pytest.raises(UserError, match=words):
@@ -264,19 +293,66 @@ def test_a_resnets_channels_are_its_width(tmp_path):
       read(channels)
 
 
+def test_an_export_that_fails_leaves_the_folder_as_it_was(workdir, model, tmp_path, monkeypatch):
+  def write(towers, folder):   # instead of towers, which take seconds
+    (folder / 'image.stablehlo').write_text('new')
+    if refused:
+      raise UserError('timm has no such tower')
+    return {'format': 'stablehlo'}
+  out, loaded = tmp_path / 'out', checkpoint.load(workdir)
+  monkeypatch.setitem(export.FORMATS, 'stablehlo', write)
+  monkeypatch.setattr(export.model_lib, 'load', lambda folder: model)
+  monkeypatch.setattr(verify, 'embed', lambda *_: {'text/noise': np.ones((1, 2))})
+
+  def files():
+    return {str(file.relative_to(out)): file.read_text('latin1') for file in out.rglob('*.*')}
+  for refused, least, words in ((True, 0.9, 'timm has no'), (False, 2, 'is not the model')):
+    monkeypatch.setattr(verify, 'MIN_COSINE', least)
+    with pytest.raises(UserError, match=words):
+      list(export.export(loaded, 'stablehlo', out))
+    assert not out.exists()
+  (out / export.PARTIAL).mkdir(parents=True)   # of one that was killed
+  monkeypatch.setattr(verify, 'MIN_COSINE', 0.9)
+  list(export.export(loaded, 'stablehlo', out))
+  first = files()
+  assert set(first) == {'image.stablehlo', 'model.json', 'tokenizer.model'}
+  others = {'int8/mine.txt': 'old', 'README.md': 'old'}
+  for name in ('int8/model.json', 'text_tokens.onnx', *others):
+    (out / name).parent.mkdir(exist_ok=True)
+    (out / name).write_text('old')
+  before, refused = files(), True
+  with pytest.raises(UserError, match='timm has no'):
+    list(export.export(loaded, 'stablehlo', out))
+  assert files() == before and len(before) == 7
+  refused = False
+  list(export.export(loaded, 'stablehlo', out))
+  assert files() == first | others
+
+
+def test_open_clip_runs_only_where_all_that_it_needs_is(tmp_path, monkeypatch):
+  monkeypatch.delenv(open_clip.TORCH_PYTHON, raising=False)
+  monkeypatch.setattr(open_clip.importlib.util, 'find_spec', lambda name: name == 'open_clip' or None)   # pip --no-deps
+  assert open_clip.embed(tmp_path, {}) is None
+  (silent := tmp_path / 'python').write_text('#!/bin/sh\nexit 7\n')
+  silent.chmod(0o755)
+  monkeypatch.setenv(open_clip.TORCH_PYTHON, str(silent))
+  with pytest.raises(UserError, match='open_clip cannot load .* ended with exit code 7 and said nothing'):
+    open_clip.embed(tmp_path, {})
+
+
 def test_mistakes_are_one_line(workdir, tmp_path, monkeypatch):
   (tmp_path / 'full').mkdir()
   (tmp_path / 'full/thesis.txt').write_text('x')
   loaded = checkpoint.load(workdir)
-  for folder in ('earlier', 'earlier/int8'):
-    (tmp_path / folder).mkdir()
+  (tmp_path / 'earlier').mkdir()
   (tmp_path / 'earlier/model.json').write_text(json.dumps({'format': 'onnx'}, indent=2))
   for kind, out, int8, words in (('onnx', 'full', False, 'holds something else'),
-                                 ('open_clip', 'earlier', False, 'holds an export for onnx, not for open_clip; give a new folder'),
-                                 ('onnx', 'earlier', False, "int8' is of an earlier export; give --int8 again"),
+                                 ('open_clip', 'earlier', False, 'holds an export for onnx, not for open_clip; give a new'),
                                  ('stablehlo', 'new', True, 'is for --format=onnx')):
     with pytest.raises(UserError, match=words):
       list(export.export(loaded, kind, tmp_path / out, int8=int8))
+  with pytest.raises(UserError, match="'gs://bucket/out' is in a bucket; this needs a folder on a disk"):
+    run(workdir, 'gs://bucket/out', '--format=onnx')
   monkeypatch.setitem(sys.modules, 'onnx', None)
   with pytest.raises(UserError, match=r'needs the package onnx, which is not installed: pip install onnx'):
     exported.optional('onnx')

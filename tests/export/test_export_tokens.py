@@ -1,4 +1,5 @@
 """The token heads that an ONNX export can bring along are training's own, and the towers do not change."""
+import dataclasses
 import functools
 import json
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import small_checkpoint
 
+from lightclip_jax import config as config_lib
 from lightclip_jax.errors import UserError
 from lightclip_jax.export import export, onnx_files, towers, verify
 from lightclip_jax.inference import checkpoint, exported
@@ -48,3 +50,6 @@ def test_an_export_names_them_only_when_asked_to(loaded, tmp_path, monkeypatch):
     assert (tmp_path / plain[name]).read_bytes() == (tmp_path / 'with' / plain[name]).read_bytes()
   with pytest.raises(UserError, match='--tokens is for --format=onnx, not for stablehlo'):
     next(export.export(loaded, 'stablehlo', tmp_path / 'other', tokens=True))
+  without = config_lib.replace(loaded.config, objective=dict(token_matching=dict(weight=config_lib.constant(0.0))))
+  with pytest.raises(UserError, match='token_matching.weight of this run is 0, so its token heads learnt nothing'):
+    next(export.export(dataclasses.replace(loaded, config=without), 'onnx', tmp_path / 'other', tokens=True))

@@ -120,7 +120,7 @@ def test_classify_is_the_softmax_of_scaled_cosines(model):
   (lambda m: m.encode_image(PIL.Image.new('L', (4, 4))), 'give a list'),
   (lambda m: m.encode_image(['/nowhere/cat.png']), 'cannot read the image'),
   (lambda m: m.encode_image([PIL.Image.new('F', (4, 4))]), "mode 'F'"),
-  (lambda m: m.encode_image([np.zeros((8, 8, 3), np.uint8)]), 'one ndarray; each must be a path or a PIL image'),
+  (lambda m: m.encode_image([np.zeros((8, 8, 3), np.uint8)]), '^images hold one ndarray; each must be a path or a PIL'),
   (lambda m: m.encode_image([b'GIF89a']), 'one bytes; each must be'),
   (lambda m: m.encode_image([PIL.Image.new('RGB', (0, 4))]), 'one of 0 × 4 pixels'),
   (lambda m: m.encode_image(np.zeros((1, 4, 0, 3), np.uint8)), 'one of 0 × 4 pixels'),

@@ -1,4 +1,5 @@
 """The index and its queries: exact, incremental, whole whatever happens, and one clear line for every mistake."""
+import errno
 import json
 import os
 import pathlib
@@ -67,15 +68,16 @@ def test_every_picture_is_there_with_its_embedding_and_bad_ones_are_named(made, 
   np.testing.assert_array_equal(plain, result.vectors_NxD)
 
 
-def test_words_and_pictures_find_their_colour(made, capsys):
+def test_words_and_pictures_find_their_colour(made, monkeypatch, capsys):
   folder, files, _ = made
+  monkeypatch.setenv('HOME', str(folder))
   for colour in ('red', 'cyan', 'black'):
     command.main(['query', str(folder / 'index'), f'a {colour} picture', '--top=10', '--json'])
     answers = json.loads(capsys.readouterr().out)
     assert [files[pathlib.Path(answer['path'])] for answer in answers] == [colour] * 10
     assert answers == sorted(answers, key=lambda answer: -answer['cosine'])
   first = next(iter(files))
-  command.main(['query', str(folder / 'index'), f'--image={first}', '--top=2'])
+  command.main(['query', '~/index', f'--image=~/{first.relative_to(folder)}', '--top=2'])
   lines = capsys.readouterr().out.splitlines()
   assert len(lines) == 2 and lines[0] == f'1.0000  {first}'
 
@@ -94,8 +96,9 @@ def test_only_what_is_new_or_changed_is_embedded(export_folder, tmp_path, monkey
              {file: 'bad' for file in wanted if file[0] == 'bad.png'})
   monkeypatch.setattr(index, '_embed', embed)
   assert index.update(tmp_path / 'pictures', export, out)[1] == 9
-  assert index.update(tmp_path / 'pictures', export, out)[1] == 0 and len(seen) == 10   # the bad one is remembered
   before = set(out.iterdir())
+  assert index.update(tmp_path / 'pictures', export, out)[1] == 0 and set(out.iterdir()) == before
+  assert len(seen) == 11   # the bad one was tried again, since its disk may have been away
   files[0].unlink()
   os.utime(files[1], ns=(1, 1))
   files[2].write_bytes(files[3].read_bytes())
@@ -106,6 +109,45 @@ def test_only_what_is_new_or_changed_is_embedded(export_folder, tmp_path, monkey
   assert len(result.files) == 8 and not result.bad and len(set(out.iterdir()) - before) == 1 == len(before - set(out.iterdir()))
   old = [row for row, (path, _, _) in enumerate(result.files) if path not in seen]
   assert (result.vectors_NxD[old] == 10).all() and (np.delete(result.vectors_NxD, old, axis=0) == 2).all()
+
+
+def test_what_could_not_be_read_is_tried_again_and_a_hidden_folder_keeps_its_pictures(export_folder, tmp_path, monkeypatch):
+  files = list(colour_export.pictures(tmp_path / 'pictures', 9))
+  whole = files[0].read_bytes()
+  files[0].write_bytes(b'no' * (len(whole) // 2) + b'o' * (len(whole) % 2))
+  export, out, now = towers.Export(export_folder), tmp_path / 'index', files[0].stat().st_mtime_ns
+  monkeypatch.setattr(index, '_start', lambda *_: None)   # in this process
+  monkeypatch.setattr(index, '_worker', (tmp_path / 'pictures', 32, export.image_tower(), colour_export.DIM), raising=False)
+  threads = lambda *_: index.concurrent.futures.ThreadPoolExecutor(1)  # noqa: E731
+  monkeypatch.setattr(index.concurrent.futures, 'ProcessPoolExecutor', threads)
+  assert len(index.update(tmp_path / 'pictures', export, out)[0].bad) == 1
+  files[0].write_bytes(whole)
+  os.utime(files[0], ns=(now, now))   # by size and time the same file, which can be read now
+  result, embedded = index.update(tmp_path / 'pictures', export, out)
+  assert embedded == 1 and len(result.files) == 9 and not result.bad
+
+  def scandir(folder, scan=os.scandir):
+    if os.path.basename(folder) == '1':
+      raise PermissionError(errno.EACCES, 'Permission denied', folder)
+    return scan(folder)
+  monkeypatch.setattr(os, 'scandir', scandir)
+  for _ in range(2):
+    hidden, embedded = index.update(tmp_path / 'pictures', export, out)
+    assert embedded == 0 and sorted(hidden.files) == sorted(result.files)
+    assert [*hidden.bad.values()] == [f'cannot read the folder {str(tmp_path / "pictures/1")!r}: Permission denied']
+  monkeypatch.undo()
+  assert not index.update(tmp_path / 'pictures', export, out)[0].bad
+
+
+def test_one_run_at_a_time(export_folder, tmp_path):
+  (tmp_path / 'pictures').mkdir()
+  export, out = towers.Export(export_folder), tmp_path / 'index'
+  with index._alone(out), pytest.raises(UserError, match='another process indexes into .*index.; wait for it, or give another'):
+    index.update(tmp_path / 'pictures', export, out)
+  index.update(tmp_path / 'pictures', export, out)
+  next(out.glob('*.npy')).unlink()
+  with pytest.raises(UserError, match='is damaged .*No such file.*; delete it and index again'):
+    index.update(tmp_path / 'pictures', export, out)
 
 
 def test_an_interrupted_run_keeps_what_it_had(export_folder, tmp_path, monkeypatch):
@@ -166,13 +208,14 @@ def test_mistakes_are_one_clear_line(made, export_folder, tmp_path):
       (['query', built], 'give one query'), (['query', built, 'a', '--image=b'], 'give one query'),
       (['query', str(tmp_path), 'a'], 'is no index'), (['query', str(tmp_path / 'broken'), 'a'], 'is damaged'),
       (['query', built, 'a', f'--model={other}'], 'is not the model that made'),
+      (['index', pictures_folder, model, '--out=gs://a/b'], "'gs://a/b' is in a bucket"),
       (['query', built, '--image=/nowhere.png'], "cannot read the picture '/nowhere.png'"),
       (['index', '/nowhere', model, f'--out={tmp_path}/new'], "'/nowhere' is no folder"),
       (['index', pictures_folder, model, f'--out={tmp_path}'], 'holds something else'),
       (['index', pictures_folder, f'--model={other}', f'--out={built}'], 'is of the model'),
       (['index', str(tmp_path), model, f'--out={built}'], 'is of the pictures'),
       (['index', pictures_folder, f'--model={tmp_path}', '--out=x'], 'is no exported folder.*export --format=onnx'),
-      (['index', pictures_folder, f'--model={jax_only}', '--out=x'], 'is an export for stablehlo; this takes one for onnx: pyth'),
+      (['index', pictures_folder, f'--model={jax_only}', '--out=x'], 'is an export for stablehlo; this takes one for onnx: '),
       (['serve', f'--model={outside}'], 'lies elsewhere'), (['serve', f'--model={linked}'], 'lies elsewhere')):
     with pytest.raises(UserError, match=words) as error:
       command.main(arguments)

@@ -93,7 +93,8 @@ def test_wrong_tokenizers_say_so(tmp_path):
 
 def test_resized_pixels_are_pythons_to_the_last_bit():
   rng = np.random.default_rng(0)
-  shapes = [(32, 32), (33, 47), (64, 64), (100, 31), (31, 100), (7, 9), (1, 5), (301, 200), (128, 129), (35, 34), (32, 64)]
+  shapes = [(32, 32), (33, 47), (64, 64), (100, 31), (31, 100), (7, 9), (1, 5), (301, 200), (128, 129), (35, 34), (32, 64),
+            (200, 3), (3, 199), (161, 10), (1, 100)]
   images = [rng.integers(0, 256, (*shape, 3), np.uint8) for shape in shapes]
   rgba = [np.dstack([image, np.full(image.shape[:2], 255, np.uint8)]) for image in images]
   for size in (32, 48):

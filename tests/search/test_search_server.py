@@ -125,6 +125,17 @@ def test_it_listens_on_this_machine_alone(address):
     server.open_server({}, port=123456)
 
 
+def test_it_listens_at_an_address_of_ipv6():
+  try:
+    socket.create_server(('::1', 0), family=socket.AF_INET6).close()
+  except OSError:
+    pytest.skip('there is no IPv6 here')
+  with server.open_server({}, '::1') as running:
+    assert running.url == f'http://[::1]:{running.server_address[1]}/'
+  with pytest.raises(UserError, match='cannot listen on no.such.host:0 .*another --host'):
+    server.open_server({}, 'no.such.host')
+
+
 @pytest.mark.parametrize(('text', 'said'), [
     ('{"model": {"type": "WordPiece"}}', 'is of type WordPiece, .*; it reads SentencePiece.*BPE'),
     ('{"model": {', 'is damaged .JSONDecodeError.*; export again$'), ('[]', 'is damaged .TypeError'),

@@ -254,7 +254,7 @@ def test_a_workdir_is_held_before_its_checkpoints_are_listed_and_until_all_is_cl
 def test_a_disk_without_locks_is_not_refused(tmp_path, monkeypatch):
   def none(descriptor, operation):
     raise OSError(errno.ENOTSUP, 'no locks')
-  monkeypatch.setattr(checks.fcntl, 'flock', none)
+  monkeypatch.setattr(storage.fcntl, 'flock', none)
   with checks.alone(tmp_path), checks.alone(tmp_path):
     pass
 

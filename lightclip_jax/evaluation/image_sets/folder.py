@@ -21,18 +21,24 @@ def load(path: str) -> ImageSet:
   root = pathlib.Path(path).expanduser()
   if not root.is_dir():
     raise UserError(f'there is no folder {path!r}; it must hold one folder of images for each class')
-  parts = {name: root / name for name in (TRAIN, *VALIDATION, TEST) if (root / name).is_dir()}
+  there, names = _folders(root), (TRAIN, *VALIDATION, TEST)
+  beside = set(there) - set(names)   # where there are others, a train without folders is a class: trains
+  parts = {name: root / name for name in names if name in there and (not beside or _folders(root / name))}
   validation = next((parts[name] for name in VALIDATION if name in parts), None)
   test = parts.get(TEST, validation or (root if TRAIN not in parts else None))
   if test is None:
     raise UserError(f'{path!r} has a folder train, but neither test nor val')
-  classes = sorted(child.name for child in test.iterdir() if child.is_dir() and not child.name.startswith('.'))
+  classes = _folders(test)
   if not classes:
     raise UserError(f'{str(test)!r} has no folders; it must hold one folder of images for each class')
   return ImageSet(
     root.name, tuple(name.replace('_', ' ') for name in classes), _part(test, classes),
     (_part(parts[TRAIN], classes),) if TRAIN in parts else (),
     _part(validation, classes) if validation and validation != test else None)
+
+
+def _folders(path: pathlib.Path) -> list[str]:
+  return sorted(child.name for child in path.iterdir() if child.is_dir() and not child.name.startswith('.'))
 
 
 def _part(folder: pathlib.Path, classes: list[str]) -> Part:

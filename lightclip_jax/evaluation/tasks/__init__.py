@@ -5,7 +5,7 @@ A task takes a `Session` and returns its metrics by their short names; in logs a
 """
 import functools
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from lightclip_jax.data import sources
 from lightclip_jax.errors import UserError
@@ -71,6 +71,12 @@ def choose(names: Sequence[str]) -> dict[str, Task]:
       raise UserError(f'the tasks {other!r} and {name!r} would both be {short(name)!r} in the results; evaluate them one by '
                       'one, or call one of them otherwise (by a link)')
   return {name: find(name) for name in shorts.values()}
+
+
+def prompted(names: Iterable[str]) -> set[str]:
+  """The image sets whose prompts the tasks use, as files of prompts name them: a folder by its last part."""
+  parted = [name.partition(':') for name in names]
+  return {pathlib.PurePath(argument).name for kind, _, argument in parted if kind == 'zero_shot'}
 
 
 def short(task: str) -> str:

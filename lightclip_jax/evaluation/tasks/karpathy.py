@@ -5,11 +5,11 @@ literature by the few captions that occur twice.
 """
 import functools
 import json
-import pathlib
 from typing import Any
 
 import numpy as np
 
+from lightclip_jax import storage
 from lightclip_jax.data import transforms
 from lightclip_jax.errors import UserError
 from lightclip_jax.evaluation import retrieval
@@ -28,8 +28,9 @@ def run(session: Session, file: str) -> list[Metric]:
     UserError: if the file is no such file, or an image is missing.
   """
   rows = read(file)
-  images = [_find(pathlib.Path(file).parent, row) for row in rows]
-  part = Part(str(pathlib.Path(file).absolute()), functools.partial(_read, images), np.zeros(len(images), int))
+  path = storage.path(file)
+  images = [_find(path.parent, row) for row in rows]
+  part = Part(str(storage.absolute(path)), functools.partial(_read, images), np.zeros(len(images), int))
   captions = [[sentence['raw'].strip() for sentence in row['sentences'][:CAPTIONS]] for row in rows]
   texts, right_IxT = retrieval.distinct(captions)
   return retrieval.metrics(retrieval.retrieval(session.embed(part), session.texts(texts), right_IxT))
@@ -38,7 +39,7 @@ def run(session: Session, file: str) -> list[Metric]:
 def read(file: str) -> list[dict[str, Any]]:
   """The rows of the test split. Raises UserError for a file that is not Karpathy's."""
   try:
-    rows = json.loads(pathlib.Path(file).read_text(encoding='utf-8'))['images']
+    rows = json.loads(storage.path(file).read_text(encoding='utf-8'))['images']
     test = [row for row in rows if row['split'] == 'test' and row['sentences'] and row['filename']]
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise UserError(f"{file!r} is not one of Karpathy's split files ({type(error).__name__}: {error})") from error
@@ -47,7 +48,7 @@ def read(file: str) -> list[dict[str, Any]]:
   return test
 
 
-def _find(folder: pathlib.Path, row: dict[str, Any]) -> pathlib.Path:
+def _find(folder: storage.Path, row: dict[str, Any]) -> storage.Path:
   """COCO's rows name a folder (val2014) in `filepath`."""
   for below in FOLDERS:
     for path in (folder / below / row.get('filepath', '') / row['filename'], folder / below / row['filename']):
@@ -56,7 +57,7 @@ def _find(folder: pathlib.Path, row: dict[str, Any]) -> pathlib.Path:
   raise UserError(f'the image {row["filename"]!r} is not in {str(folder)!r}, nor in its folder images')
 
 
-def _read(files: list[pathlib.Path], index: int) -> np.ndarray:
+def _read(files: list[storage.Path], index: int) -> np.ndarray:
   try:
     return transforms.decode(files[index].read_bytes())
   except (OSError, ValueError) as error:

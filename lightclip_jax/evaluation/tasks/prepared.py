@@ -1,7 +1,8 @@
 """A split of a prepared folder: concepts and groups by zero-shot classification, and retrieval.
 
 The classes are *all* concepts of the manifest, not only the split's (1,914 for emoji), and all its groups by name.
-Retrieval is between the images and their names; where the data have no concepts, between images and all their captions.
+Of a mixture only the records that have a concept, or a group, are classified. Retrieval is between the images and their
+names; an image without a concept has all its captions.
 """
 from lightclip_jax.evaluation import labelled, retrieval
 from lightclip_jax.evaluation.metrics import Metric
@@ -24,12 +25,16 @@ def run(session: Session, split: str) -> list[Metric]:
     metrics += _classification(session, split, 'concept', manifest.concepts, (1, 5))
   if manifest.groups:
     metrics += _classification(session, split, 'group', manifest.groups, (1,))
-  return metrics + _retrieval(session, split, [r.captions[:1] if manifest.concepts else r.captions for r in records])
+  return metrics + _retrieval(session, split, [r.captions[:1] if r.concept else r.captions for r in records])
 
 
 def _classification(session, split, kind, classes, top) -> list[Metric]:
-  labels_N = labelled.labels(session.records(split), kind, classes)
-  result = zero_shot(session.images(split), session.classes(classes, 'name'), labels_N, top=top)
+  records = session.records(split)
+  labels_N = labelled.labels(records, kind, classes)
+  asked = labelled.asked(records, labels_N)
+  if not len(asked):
+    return []
+  result = zero_shot(session.images(split)[asked], session.classes(classes, 'name'), labels_N[asked], top=top)
   return [Metric(f'{kind}_top{k}', share, result.count, min(1.0, k / len(classes)),
                  ANCHORS.get((session.manifest.name, split, f'{kind}_top{k}'), ())) for k, share in result.top.items()]
 

@@ -2,19 +2,27 @@
 // pixels: the shorter side resized as Pillow does it (bicubic, antialiased, uint8 between the passes), then the centre.
 
 const BITS = 22;   // of the fixed-point weights
+const LONGEST = 16;   // times as long as wide; of a longer picture only the middle is read
 
 /** RGB of size×size×3 from RGBA pixels whose transparency is gone already ({data, width, height}). */
 export function evaluationTransform({data, width, height}, size) {
+  const line = 4 * width, x = middle(width, LONGEST * height), y = middle(height, LONGEST * width);
+  [width, height] = [width - 2 * x, height - 2 * y];
   const [w, h] = width <= height ? [size, Math.floor(size * height / width)] : [Math.floor(size * width / height), size];
   const [left, top] = [halfToEven((w - size) / 2), halfToEven((h - size) / 2)];
   // Only what the crop keeps is computed.
   const columns = weights(width, w, left, size), rows = weights(height, h, top, size);
   const first = rows[0].from, last = Math.max(...rows.map(row => row.from + row.by.length));
-  const middle = new Uint8Array((last - first) * size * 3);
-  pass(data, 4 * width * first, 4 * width, 4, middle, size * 3, 3, last - first, columns);
+  const between = new Uint8Array((last - first) * size * 3);
+  pass(data, line * (y + first) + 4 * x, line, 4, between, size * 3, 3, last - first, columns);
   const out = new Uint8Array(size * size * 3);
-  pass(middle, -first * size * 3, 3, size * 3, out, 3, size * 3, size, rows);
+  pass(between, -first * size * 3, 3, size * 3, out, 3, size * 3, size, rows);
   return out;
+}
+
+/** What stands before the middle `longest` of `length`. */
+function middle(length, longest) {
+  return Math.max(0, Math.floor((length - longest) / 2));
 }
 
 /** One axis: line after line, each output pixel a weighted sum of a few input pixels. */
