@@ -30,7 +30,7 @@ from lightclip_jax.errors import UserError
 
 SUMMARY_FILE, SHEET_FILE = 'summary.txt', 'contact_sheet.jpg'
 _NOTE, _PLAN = '.note.json', 'plan.json'
-_CAPTIONS_A_PART = 2000        # the tokenizer learns from
+_SAMPLE_A_PART = 2000          # records at most whose captions the tokenizer learns from
 _COLUMNS = ('hashes', 'captions', 'concepts', 'sides', 'words')
 _SHEET, _TILE = 8, 96          # pictures in a row, pixels of each
 
@@ -151,6 +151,7 @@ def _each(job: Callable, items: list[Any], workers: int) -> Iterator[int]:
 def _part(source: sources.Source, folder: pathlib.Path, options: Options, item: tuple[int, int, str]) -> int:
   """Writes one shard and its note; returns how many records were looked at."""
   start, stop, shard = item
+  step = -(-(stop - start) // _SAMPLE_A_PART)   # the first ones alone would be of the first class, where classes lie in order
   note: dict[str, Any] = {'shard': shard, 'left_out': {}, **{name: [] for name in _COLUMNS}}
   with _shard_writer(folder / (shard + '.partial')) as file:
     for index in range(start, stop):
@@ -160,6 +161,8 @@ def _part(source: sources.Source, folder: pathlib.Path, options: Options, item: 
         note['left_out'][error.reason] = note['left_out'].get(error.reason, 0) + 1
         continue
       file.write(records.encode(record))
+      if len(note['sides']) % step == 0:
+        note['captions'].extend(record.captions)
       _remember(note, record, image, options.duplicates)
   note['count'], note['concepts'] = len(note['sides']), sorted(set(note['concepts']))
   (folder / (shard + '.partial')).replace(folder / shard)
@@ -184,8 +187,6 @@ def _remember(note: dict[str, Any], record: Record, image: np.ndarray, duplicate
   note['sides'].append(min(image.shape[:2]))
   note['words'].append(len(record.captions[0].split()))
   note['hashes'].append(difference_hash(image) if duplicates == 'similar' else hashlib.sha256(record.image).hexdigest()[:32])
-  if len(note['captions']) < _CAPTIONS_A_PART:
-    note['captions'].append(record.captions[0])
   if record.concept:
     note['concepts'].append(record.concept)
 

@@ -131,6 +131,18 @@ def test_a_mistake_in_the_tokenizer_costs_no_work(tmp_path, monkeypatch):
   assert len(made) == 10 and manifest.load(tmp_path / 'out').asked['vocab_size'] == 200
 
 
+def test_the_tokenizer_learns_from_all_over_a_part(tmp_path, monkeypatch):
+  # Classes lie in order in many folders, and the last ones were words that the tokenizer did not know.
+  monkeypatch.setattr(writer, 'RECORDS_PER_SHARD', 40)
+  monkeypatch.setattr(convert, '_SAMPLE_A_PART', 8)
+  rows = [(key, image, f'cat {i}\n{"abcdЖ"[i // 8]}') for i, (key, image, _) in enumerate(source_files.pairs(40))]
+  learnt = []
+  monkeypatch.setattr(tokenizers, 'train', lambda texts, size, real=tokenizers.train: learnt.extend(texts) or real(texts, size))
+  path = source_files.write_folder(tmp_path / 'in', rows).partition(':')[2]
+  prepare.main(prepare.parse(['folder', path, f'--out={tmp_path / "out"}', '--vocab_size=80', '--processes=1']))
+  assert learnt == [text for i in range(0, 40, 5) for text in rows[i][2].split('\n')]
+
+
 @pytest.mark.parametrize('tokenizer', [False, True])
 def test_nothing_to_train_on_is_said_and_looked_at_anew(tmp_path, tokenizer):
   # The fingerprint of a folder is its images' names, so captions that are put there later do not change it.
