@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -31,6 +32,7 @@ from lightclip_jax.errors import UserError
 SUMMARY_FILE, SHEET_FILE = 'summary.txt', 'contact_sheet.jpg'
 _NOTE, _PLAN = '.note.json', 'plan.json'
 _SAMPLE_A_PART = 2000          # records at most whose captions the tokenizer learns from
+_MOST_CAPTIONS = 64            # of an image and its copies: one that says "no image here" may have a copy a second record
 _COLUMNS = ('hashes', 'captions', 'concepts', 'sides', 'words')
 _SHEET, _TILE = 8, 96          # pictures in a row, pixels of each
 
@@ -186,9 +188,13 @@ def _cleaned(record: Record, options: Options) -> tuple[Record, np.ndarray]:
 def _remember(note: dict[str, Any], record: Record, image: np.ndarray, duplicates: str) -> None:
   note['sides'].append(min(image.shape[:2]))
   note['words'].append(len(record.captions[0].split()))
-  note['hashes'].append(difference_hash(image) if duplicates == 'similar' else hashlib.sha256(record.image).hexdigest()[:32])
+  note['hashes'].append(difference_hash(image) if duplicates == 'similar' else _exact(record.image))
   if record.concept:
     note['concepts'].append(record.concept)
+
+
+def _exact(image: bytes) -> str:
+  return hashlib.sha256(image).hexdigest()[:32]
 
 
 def difference_hash(image_HxWx3: np.ndarray) -> str:
@@ -224,29 +230,55 @@ class Seen:
 
 
 def _leave_out_duplicates(folder: pathlib.Path, notes: dict[str, list[dict[str, Any]]], how: str) -> None:
-  """Rewrites the shards that repeat what came before; the first of several stays, those in `train` before all others."""
+  """Rewrites the shards that repeat what came before; the first of several stays, those in `train` before all others.
+
+  It takes over the captions of its exact copies: a table may have a row for each caption of an image.
+  """
   seen = Seen()
-  for note in (note for parts in notes.values() for note in parts) if how != 'keep' else ():
-    keep = [seen.add(value) for value in note['hashes']]
-    if all(keep):
+  every = [note for parts in notes.values() for note in parts] if how != 'keep' else []
+  keeps = [[seen.add(value) for value in note['hashes']] for note in every]
+  texts = _texts_of_copies(folder, every, keeps)
+  repeated = {value for note, keep in zip(every, keeps, strict=True)
+              for value, kept in zip(note['hashes'], keep, strict=True) if not kept}
+  for note, keep in zip(every, keeps, strict=True):
+    if repeated.isdisjoint(note['hashes']):
       continue
-    _shorten(folder / note['shard'], keep)
+    _rewrite(folder / note['shard'], keep, texts)
     note['left_out']['duplicate'] = note['left_out'].get('duplicate', 0) + keep.count(False)
     for name in ('hashes', 'sides', 'words'):
-      note[name] = [value for value, kept in zip(note[name], keep, strict=True) if kept]
+      note[name] = list(itertools.compress(note[name], keep))
     note['count'] = len(note['hashes'])
     _write_whole(folder / (note['shard'] + _NOTE), json.dumps(note))
 
 
-def _shorten(shard: pathlib.Path, keep: list[bool]) -> None:
-  """Leaves these records in a shard, unless one that was killed before it wrote the note has done so."""
-  with contextlib.closing(array_record_module.ArrayRecordReader(str(shard))) as old:
-    if old.num_records() == sum(keep):
+def _texts_of_copies(folder: pathlib.Path, notes: list[dict[str, Any]], keeps: list[list[bool]]) -> dict[str, list[str]]:
+  """By `_exact` of the image, captions of the records that are left out."""
+  texts: dict[str, list[str]] = {}
+  for note, keep in zip(notes, keeps, strict=True):
+    if all(keep):
+      continue
+    with _shard_reader(folder / note['shard']) as shard:
+      if shard.num_records() == sum(keep):   # one that was killed has rewritten it, and all before it
+        continue
+      for index in np.flatnonzero(np.logical_not(keep)):
+        record = records.decode(shard.read([int(index)])[0])
+        found = texts.setdefault(_exact(record.image), [])
+        found.extend(record.captions[:_MOST_CAPTIONS - len(found)])
+  return texts
+
+
+def _rewrite(shard: pathlib.Path, keep: list[bool], texts: dict[str, list[str]]) -> None:
+  """Leaves these records in a shard, with more captions, unless one that was killed before it wrote the note has done so."""
+  with _shard_reader(shard) as old:
+    if old.num_records() == sum(keep) < len(keep):
       return
     partial = shard.with_name(shard.name + '.partial')
     with _shard_writer(partial) as file:
       for index in np.flatnonzero(keep):
-        file.write(old.read([int(index)])[0])
+        record = records.decode(old.read([int(index)])[0])
+        more = texts.get(_exact(record.image), [])[:max(0, _MOST_CAPTIONS - len(record.captions))]
+        together = tuple(dict.fromkeys((*record.captions, *more)))
+        file.write(records.encode(dataclasses.replace(record, captions=together)))
   partial.replace(shard)
 
 
@@ -314,6 +346,10 @@ def _contact_sheet(source: sources.Source, file: pathlib.Path, max_pixels: int) 
     height, width = (max(1, int(side * scale)) for side in image.shape[:2])
     sheet[row:row + height, column:column + width] = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
   file.write_bytes(simplejpeg.encode_jpeg(sheet))
+
+
+def _shard_reader(file: pathlib.Path) -> contextlib.closing:
+  return contextlib.closing(array_record_module.ArrayRecordReader(str(file)))
 
 
 def _shard_writer(file: pathlib.Path) -> contextlib.closing:

@@ -186,6 +186,41 @@ def test_killed_between_a_shortened_shard_and_its_note(tmp_path, monkeypatch):
   assert {record.image for record in records} == {image for _, image, _ in rows}
 
 
+@pytest.mark.parametrize('how', ['exact', 'similar'])
+def test_a_record_takes_over_the_captions_of_its_copies(tmp_path, monkeypatch, how):
+  # COCO's tables have five rows an image; four of five captions were lost. A part ends in the midst of an image.
+  monkeypatch.setattr(convert, '_MOST_CAPTIONS', 3)
+  rows = [(f'{i // 5}', source_files.jpeg(i // 5), f'caption {i % 4} of {i // 5}') for i in range(20)]
+  path = source_files.write_table(tmp_path / 'in', rows, 'csv').partition(':')[2]
+  command = prepare.parse(['csv', path, f'--out={tmp_path / "out"}', '--vocab_size=64', '--processes=1', f'--duplicates={how}'])
+  real, notes = convert._write_whole, []
+  for deadly in (4, 2, 1):   # killed between a part's new shard and its note
+    def killed(file, text, deadly=deadly):
+      notes.append(file)
+      if len(notes) == deadly:
+        raise KeyboardInterrupt
+      real(file, text)
+
+    notes.clear()
+    monkeypatch.setattr(convert, '_write_whole', killed)
+    with pytest.raises(KeyboardInterrupt):
+      prepare.main(command)
+  monkeypatch.setattr(convert, '_write_whole', real)
+  prepare.main(command)
+  records = pipeline.evaluation_records(tmp_path / 'out', 'train')
+  first = [5 * i for i in range(4)]
+  assert [record.captions for record in records] == [tuple(rows[i + j][2] for j in range(3)) for i in first]
+  assert '16 duplicate' in (tmp_path / 'out/summary.txt').read_text()
+
+
+def test_similar_pictures_keep_their_captions_to_themselves(tmp_path):
+  image = transforms.decode(source_files.jpeg(1, (200, 150)))
+  rows = [(str(quality), convert.simplejpeg.encode_jpeg(image, quality), f'quality {quality}') for quality in (95, 90)]
+  path = source_files.write_table(tmp_path / 'in', rows, 'csv').partition(':')[2]
+  prepare.main(prepare.parse(['csv', path, f'--out={tmp_path / "out"}', '--vocab_size=64', '--duplicates=similar']))
+  assert [r.captions for r in pipeline.evaluation_records(tmp_path / 'out', 'train')] == [('quality 95',)]
+
+
 @pytest.mark.parametrize('count', [3, 64, 70])
 def test_the_contact_sheet_shows_each_picture_once(tmp_path, count):
   records = [Record(str(i), source_files.jpeg(i, (96, 96)), ('x',)) for i in range(count)]
