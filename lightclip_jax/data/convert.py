@@ -61,8 +61,8 @@ def convert(about: dict[str, Any], out: pathlib.Path, options: Options, workers:
       work = Work(about, folder, options)
       work.clear_if_other()
       notes = {split: work.run(split, workers) for split in work.splits}
-      _check_usable(folder, _name(about), notes)
       _leave_out_duplicates(folder, notes, options.duplicates)
+      _check_usable(folder, _name(about), notes)
       _finish(folder, about, notes, options, tokenizer)
   made = manifest.load(out)
   _check(out, made, _asked(about, options))
@@ -92,13 +92,15 @@ def _check(out: pathlib.Path, made: manifest.Manifest, asked: dict[str, Any]) ->
 
 
 def _check_usable(folder: pathlib.Path, name: str, notes: dict[str, list[dict[str, Any]]]) -> None:
-  """Raises UserError if there is nothing to train on, and says why."""
-  if any(note['count'] for note in notes['train']):
-    return
-  # What is mended, such as captions that are put beside their images, may not change the fingerprint: all is looked at anew.
-  (folder / _PLAN).unlink()
-  reasons = (f'{count:,} {reason} ({REASONS[reason]})' for reason, count in _left_out(notes['train']).items())
-  raise UserError(f'no record of {name!r} can be trained on: {", ".join(reasons) or "there is none"}')
+  """Raises UserError if a split has no records, and says why: a run would fail at its first evaluation, hours later."""
+  for split, parts in notes.items():
+    if any(note['count'] for note in parts):
+      continue
+    # What is mended, such as captions that are put beside their images, may not change the fingerprint: all is looked at anew.
+    (folder / _PLAN).unlink()
+    reasons = ', '.join(f'{count:,} {reason} ({REASONS[reason]})' for reason, count in _left_out(parts).items())
+    what, mend = ('trained on', '') if split == 'train' else ('held out', '; give another --holdout_every')
+    raise UserError(f'no record of {name!r} can be {what}: {reasons or "there is none"}{mend}')
 
 
 class Work:

@@ -213,6 +213,16 @@ def test_a_record_takes_over_the_captions_of_its_copies(tmp_path, monkeypatch, h
   assert '16 duplicate' in (tmp_path / 'out/summary.txt').read_text()
 
 
+def test_a_held_out_split_of_copies_alone_is_said(tmp_path):
+  rows = [(f'{i}', source_files.jpeg(i // 2), f'caption {i}') for i in range(20)]
+  path = source_files.write_tars(tmp_path / 'in', rows, shards=1).partition(':')[2]
+  command = ['webdataset', path, f'--out={tmp_path / "out"}', '--vocab_size=64', '--processes=1']
+  with pytest.raises(UserError, match=r"no record of 'webdataset:.*held out: 10 duplicate .*; give another --holdout_every"):
+    prepare.main(prepare.parse([*command, '--holdout_every=2']))
+  assert not (tmp_path / 'out').exists()
+  prepare.main(prepare.parse([*command, '--holdout_every=20', '--duplicates=keep']))
+
+
 def test_similar_pictures_keep_their_captions_to_themselves(tmp_path):
   image = transforms.decode(source_files.jpeg(1, (200, 150)))
   rows = [(str(quality), convert.simplejpeg.encode_jpeg(image, quality), f'quality {quality}') for quality in (95, 90)]
