@@ -53,8 +53,9 @@ def convert(about: dict[str, Any], out: pathlib.Path, options: Options, workers:
 
   Raises:
     UserError: if a source or the tokenizer is not there, no record can be used, or `out` cannot be written or holds what was
-      prepared otherwise.
+      prepared otherwise, or of a source that has changed since.
   """
+  asked = _asked(about, options)
   with writer.new_folder(out, keep=True) as folder:
     if folder is not None:
       tokenizer = tokenizers.load(options.tokenizer) if options.tokenizer else None   # first: a mistake in it costs nothing
@@ -63,9 +64,11 @@ def convert(about: dict[str, Any], out: pathlib.Path, options: Options, workers:
       notes = {split: work.run(split, workers) for split in work.splits}
       _leave_out_duplicates(folder, notes, options.duplicates)
       _check_usable(folder, _name(about), notes)
-      _finish(folder, about, notes, options, tokenizer)
+      _finish(folder, {**asked, 'fingerprint': work.fingerprint}, notes, options, tokenizer)
   made = manifest.load(out)
-  _check(out, made, _asked(about, options))
+  _check(out, made, asked)
+  if folder is None:
+    _check_unchanged(out, made, about)
   return made
 
 
@@ -91,6 +94,17 @@ def _check(out: pathlib.Path, made: manifest.Manifest, asked: dict[str, Any]) ->
     raise UserError(f'{str(out)!r} holds {made.name!r}, prepared with {", ".join(other)}; delete it or give another --out')
 
 
+def _check_unchanged(out: pathlib.Path, made: manifest.Manifest, about: dict[str, Any]) -> None:
+  """Raises UserError if the source is still there, but not as it was when the folder was prepared."""
+  held = made.asked.get('fingerprint')   # None where an older version made it
+  try:
+    changed = held is not None and sources.open_parts(about, 'train').fingerprint != held
+  except UserError:   # nobody needs it any more
+    return
+  if changed:
+    raise UserError(f'{str(out)!r} was prepared before {_name(about)!r} changed; delete it or give another --out')
+
+
 def _check_usable(folder: pathlib.Path, name: str, notes: dict[str, list[dict[str, Any]]]) -> None:
   """Raises UserError if a split has no records, and says why: a run would fail at its first evaluation, hours later."""
   for split, parts in notes.items():
@@ -110,12 +124,13 @@ class Work:
     self.splits = ('train', sources.HELDOUT) if about['holdout_every'] else ('train',)
     self._about, self._folder, self._options = about, folder, options
     self._sources = {split: sources.open_parts(about, split) for split in self.splits}
+    self.fingerprint = self._sources['train'].fingerprint
 
   def clear_if_other(self) -> None:
     """Throws away what another source or other options, those of the tokenizer aside, left in the folder."""
     # One of too few pieces for the captions' letters is only found at the end, and no shard depends on it.
     decisive = dataclasses.asdict(dataclasses.replace(self._options, vocab_size=0, tokenizer=''))
-    plan = json.dumps([self._sources['train'].fingerprint, decisive, self._about], sort_keys=True)
+    plan = json.dumps([self.fingerprint, decisive, self._about], sort_keys=True)
     file = self._folder / _PLAN
     if not file.is_file() or file.read_text() != plan:
       for leftover in self._folder.iterdir():
@@ -293,7 +308,7 @@ def captions_of(source: sources.Source, step: int) -> Iterator[str]:
       continue
 
 
-def _finish(folder: pathlib.Path, about: dict[str, Any], notes: dict[str, list[dict[str, Any]]], options: Options,
+def _finish(folder: pathlib.Path, asked: dict[str, Any], notes: dict[str, list[dict[str, Any]]], options: Options,
             tokenizer: tokenizers.Tokenizer | None) -> None:
   """Tokenizer, summary, contact sheet and manifest; last, the notes are deleted."""
   texts = [text for note in notes['train'] for text in note['captions']]
@@ -304,10 +319,10 @@ def _finish(folder: pathlib.Path, about: dict[str, Any], notes: dict[str, list[d
             for split, parts in notes.items()}
   every = [note for parts in notes.values() for note in parts]
   files = [file, *(shard for split in splits.values() for shard in split.shards)]
-  name = _name(about)
+  name = asked['source']
   contents = manifest.Manifest(
       name=name, splits=splits, tokenizer=file, image_size=options.size, groups=(), licences={}, packages={},
-      asked=_asked(about, options), concepts=tuple(sorted({concept for note in every for concept in note['concepts']})),
+      asked=asked, concepts=tuple(sorted({concept for note in every for concept in note['concepts']})),
       sha256={name: writer.sha256(folder / name) for name in files})
   (folder / SUMMARY_FILE).write_text(summary(name, splits, every), encoding='utf-8')
   contents.save(folder)

@@ -1,4 +1,5 @@
 """`prepare` of other formats: what is kept, what is left out and counted, and that it goes on where it was stopped."""
+import contextlib
 import dataclasses
 import json
 
@@ -70,6 +71,23 @@ def test_a_folder_that_was_prepared_otherwise_is_said(tmp_path, capsys, old):
   with pytest.raises(UserError, match=f"'{out}' holds 'webdataset:.*/in'.*/other"):
     prepare.main(prepare.parse([same[0], str(tmp_path / 'other'), *same[2:]]))
   assert (out / 'manifest.json').read_bytes() == before
+
+
+@pytest.mark.parametrize('old', [False, True])
+def test_a_source_that_has_changed_since_is_said(tmp_path, capsys, old):
+  path = source_files.write_folder(tmp_path / 'in', source_files.pairs(5)).partition(':')[2]
+  command = prepare.parse(['folder', path, f'--out={tmp_path / "out"}', '--vocab_size=64', '--processes=1'])
+  prepare.main(command)
+  said = capsys.readouterr().out
+  prepare.main(command)
+  assert capsys.readouterr().out == said
+  if old:   # a manifest of a version that did not remember
+    values = json.loads((tmp_path / 'out/manifest.json').read_text())
+    del values['asked']['fingerprint']
+    (tmp_path / 'out/manifest.json').write_text(json.dumps(values))
+  (tmp_path / 'in/images/new.jpg').write_bytes(source_files.jpeg(9))
+  with contextlib.nullcontext() if old else pytest.raises(UserError, match="out' was prepared before 'folder:.*in' changed"):
+    prepare.main(command)
 
 
 def test_several_processes_make_the_same_files(tmp_path):

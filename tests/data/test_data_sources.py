@@ -366,6 +366,9 @@ def test_what_does_not_fit_is_one_line(made, tmp_path):
     datasets.resolve(names['csv'])
   with pytest.raises(UserError, match='needs 2 numbers above 0'):
     datasets.resolve(f'{names["csv"]} + {names["csv"]}', config.replace(options, weights=(1.0,)))
+  for option, value in (('holdout_every', 10), ('weights', (3.0, 1.0)), ('image_column', 'x'), ('image_root', 'y')):
+    with pytest.raises(UserError, match=f"data.{option} is .*'shapes' is one prepared set, where it changes nothing"):
+      datasets.resolve('shapes', config.replace(config.Data(), **{option: value}))
   with pytest.raises(UserError, match='has no column words; it has: filepath, title'):
     datasets.resolve(names['csv'], config.replace(options, caption_column='words'))
   with pytest.raises(UserError, match='has no .tar files'):
