@@ -162,6 +162,9 @@ def _each(job: Callable, items: list[Any], workers: int) -> Iterator[int]:
     try:
       for future in concurrent.futures.as_completed([pool.submit(job, item) for item in items]):
         yield future.result()
+    except concurrent.futures.BrokenExecutor as error:
+      raise UserError('a process that prepares was killed, by hand or for want of memory (fewer --processes need less); start '
+                      'the same command again: it goes on where it was') from error
     except BaseException:
       pool.shutdown(wait=False, cancel_futures=True)
       raise
@@ -172,7 +175,7 @@ def _part(source: sources.Source, folder: pathlib.Path, options: Options, item: 
   start, stop, shard = item
   step = -(-(stop - start) // _SAMPLE_A_PART)   # the first ones alone would be of the first class, where classes lie in order
   note: dict[str, Any] = {'shard': shard, 'left_out': {}, **{name: [] for name in _COLUMNS}}
-  with _shard_writer(folder / (shard + '.partial')) as file:
+  with contextlib.closing(writer.Shard(folder / (shard + '.partial'))) as file:
     for index in range(start, stop):
       try:
         record, image = _cleaned(source[index], options)
@@ -290,7 +293,7 @@ def _rewrite(shard: pathlib.Path, keep: list[bool], texts: dict[str, list[str]])
     if old.num_records() == sum(keep) < len(keep):
       return
     partial = shard.with_name(shard.name + '.partial')
-    with _shard_writer(partial) as file:
+    with contextlib.closing(writer.Shard(partial)) as file:
       for index in np.flatnonzero(keep):
         record = records.decode(old.read([int(index)])[0])
         more = texts.get(_exact(record.image), [])[:max(0, _MOST_CAPTIONS - len(record.captions))]
@@ -367,10 +370,6 @@ def _contact_sheet(source: sources.Source, file: pathlib.Path, max_pixels: int) 
 
 def _shard_reader(file: pathlib.Path) -> contextlib.closing:
   return contextlib.closing(array_record_module.ArrayRecordReader(str(file)))
-
-
-def _shard_writer(file: pathlib.Path) -> contextlib.closing:
-  return contextlib.closing(array_record_module.ArrayRecordWriter(str(file), writer.WRITER_OPTIONS))
 
 
 def _write_whole(file: pathlib.Path, text: str) -> None:

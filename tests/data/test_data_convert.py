@@ -2,6 +2,8 @@
 import contextlib
 import dataclasses
 import json
+import os
+import resource
 
 import numpy as np
 import pytest
@@ -120,6 +122,27 @@ def test_an_interrupted_preparation_goes_on(tmp_path, monkeypatch):
   prepare.main(prepare.parse(['webdataset', str(tmp_path / 'in'), f'--out={tmp_path / "out"}', '--vocab_size=80',
                               '--processes=1']))
   assert len(again) == 1 and again[0] not in made and manifest.load(tmp_path / 'out').splits['train'].count == 20
+
+
+def test_a_process_that_is_killed_is_one_line():
+  with pytest.raises(UserError, match='a process that prepares was killed.*; start the same command again'):
+    list(convert._each(os._exit, [1, 1], 2))
+
+
+@pytest.mark.parametrize('processes', [1, 2])
+def test_a_full_disk_is_one_line(tmp_path, processes):
+  rows = [(key, source_files.jpeg(i, (1500, 1500)), text) for i, (key, _, text) in enumerate(source_files.pairs(20))]
+  path = source_files.write_tars(tmp_path / 'in', rows).partition(':')[2]
+  command = prepare.parse(['webdataset', path, f'--out={tmp_path / "out"}', '--vocab_size=80', f'--processes={processes}'])
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+  try:
+    with pytest.raises(UserError, match=f"^cannot write '{tmp_path}/out': File too large$"):
+      prepare.main(command)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+  prepare.main(command)
+  assert manifest.load(tmp_path / 'out').splits['train'].count == 20
 
 
 @pytest.mark.parametrize('kind', ['folder', 'webdataset'])
