@@ -156,6 +156,7 @@ def _each(job: Callable, items: list[Any], workers: int) -> Iterator[int]:
   if workers <= 1 or len(items) < 2:
     yield from map(job, items)
     return
+  others = multiprocessing.active_children()
   pool = concurrent.futures.ProcessPoolExecutor(
       workers, multiprocessing.get_context('spawn'), processes.start_worker, (os.getpid(),))
   with pool:
@@ -165,8 +166,10 @@ def _each(job: Callable, items: list[Any], workers: int) -> Iterator[int]:
     except concurrent.futures.BrokenExecutor as error:
       raise UserError('a process that prepares was killed, by hand or for want of memory (fewer --processes need less); start '
                       'the same command again: it goes on where it was') from error
-    except BaseException:
-      pool.shutdown(wait=False, cancel_futures=True)
+    except BaseException:   # nobody waits for parts that have begun: they take minutes, and are made anew anyway
+      for child in multiprocessing.active_children():
+        if child not in others:
+          child.terminate()
       raise
 
 

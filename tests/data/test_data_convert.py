@@ -2,8 +2,10 @@
 import contextlib
 import dataclasses
 import json
+import multiprocessing
 import os
 import resource
+import time
 
 import numpy as np
 import pytest
@@ -129,13 +131,20 @@ def test_a_process_that_is_killed_is_one_line():
     list(convert._each(os._exit, [1, 1], 2))
 
 
-@pytest.mark.parametrize('processes', [1, 2])
-def test_a_full_disk_is_one_line(tmp_path, processes):
-  rows = [(key, source_files.jpeg(i, (1500, 1500)), text) for i, (key, _, text) in enumerate(source_files.pairs(20))]
+def test_a_stop_does_not_wait_for_the_parts():
+  parts = convert._each(time.sleep, [0, 600, 600, 600], 2)   # it waited for those that had begun
+  next(parts)
+  with pytest.raises(KeyboardInterrupt):
+    parts.throw(KeyboardInterrupt)
+  assert not multiprocessing.active_children()
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+  rows = [(key, source_files.jpeg(i, (500, 500)), text) for i, (key, _, text) in enumerate(source_files.pairs(20))]
   path = source_files.write_tars(tmp_path / 'in', rows).partition(':')[2]
-  command = prepare.parse(['webdataset', path, f'--out={tmp_path / "out"}', '--vocab_size=80', f'--processes={processes}'])
+  command = prepare.parse(['webdataset', path, f'--out={tmp_path / "out"}', '--vocab_size=80', '--processes=1'])
   before = resource.getrlimit(resource.RLIMIT_FSIZE)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+  resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
   try:
     with pytest.raises(UserError, match=f"^cannot write '{tmp_path}/out': File too large$"):
       prepare.main(command)
