@@ -67,8 +67,8 @@ def is_prepared(name: str) -> bool:
 def _check_nothing_ignored(name: str, options: configs.Data) -> None:
   for option in ('weights', 'image_column', 'caption_column', 'image_root', 'holdout_every'):
     if value := getattr(options, option):
-      raise UserError(f'data.{option} is {value!r}, but {name!r} is one prepared set, where it changes nothing; leave it out '
-                      f'(--config.data.{option}={getattr(configs.Data(), option)!r})')
+      raise UserError(f'data.{option} is {value!r}, but {name!r} is one prepared set, where it changes nothing; leave '
+                      f'it at {getattr(configs.Data(), option)!r}')
 
 
 def about(name: str, options: configs.Data) -> dict[str, Any]:

@@ -71,7 +71,8 @@ class TableSource:
     sizes = tqdm.tqdm(np.diff(self._ends), 'reading paths', unit=' rows', disable=None, leave=False)
     with self._folder.open(self._file) as opened, io.BufferedReader(opened) as file:
       file.seek(int(self._ends[0]) if len(self._ends) else 0)
-      hashes = np.fromiter((self._path_hash(file.read(int(size))) for size in sizes), np.int64)   # 12 million paths are 1 GB
+      # Hashes, as the paths of twelve million rows would fill a gigabyte.
+      hashes = np.fromiter((self._path_hash(file.read(int(size))) for size in sizes), np.int64)
     _, first, images = np.unique(hashes, return_index=True, return_inverse=True)
     return np.argsort(np.argsort(first))[images]
 
