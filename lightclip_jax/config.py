@@ -98,7 +98,7 @@ class Data:
   image_column: str = ''       # of tables; '': the usual names, such as filepath
   caption_column: str = ''     # of tables; '': the usual names, such as title
   image_root: str = ''         # folder that a table's image paths are relative to; '': the table's own
-  holdout_every: int = 0       # N: every N-th record of KIND:PATH is not trained on but is the split 'heldout'; 0: none
+  holdout_every: int = 0       # N: every N-th record (of tables: image) of KIND:PATH is the split 'heldout', not trained on
   max_pixels: int = 1 << 26    # larger images are left out before they are decoded
   max_faults: float = 0.1      # share of records that cannot be used above which a run stops
   workers: int = -1            # decoding processes; 0: threads, -1: threads on up to 4 cores, else cores - 1, 16 at most

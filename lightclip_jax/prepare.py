@@ -56,7 +56,8 @@ def _source_flags(parser: argparse.ArgumentParser) -> None:
   for name in ('image_column', 'caption_column', 'image_root'):
     parser.add_argument(f'--{name}', default='', help=f'as config.data.{name}')
   parser.add_argument('--vocab_size', type=_between(64, 1 << 20), default=8192, help='of the tokenizer (default 8192)')
-  parser.add_argument('--holdout_every', type=_between(0, 1 << 40), default=0, help='N: every N-th record is held out')
+  parser.add_argument('--holdout_every', type=_between(0, 1 << 40), default=0,
+                      help='N: every N-th record (of tables: image) is held out')
 
 
 def _convert_flags(parser: argparse.ArgumentParser) -> None:

@@ -3,11 +3,14 @@
 The work is done in parts of one shard each, by several processes. A part that is done has a note beside its shard, so that
 an interrupted preparation goes on where it was.
 """
+import array
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -30,7 +33,8 @@ from lightclip_jax.errors import UserError
 
 SUMMARY_FILE, SHEET_FILE = 'summary.txt', 'contact_sheet.jpg'
 _NOTE, _PLAN = '.note.json', 'plan.json'
-_CAPTIONS_A_PART = 2000        # the tokenizer learns from
+_SAMPLE_A_PART = 2000          # records at most whose captions the tokenizer learns from
+_MOST_CAPTIONS = 64            # of an image and its copies: one that says "no image here" may have a copy a second record
 _COLUMNS = ('hashes', 'captions', 'concepts', 'sides', 'words')
 _SHEET, _TILE = 8, 96          # pictures in a row, pixels of each
 
@@ -51,19 +55,22 @@ def convert(about: dict[str, Any], out: pathlib.Path, options: Options, workers:
 
   Raises:
     UserError: if a source or the tokenizer is not there, no record can be used, or `out` cannot be written or holds what was
-      prepared otherwise.
+      prepared otherwise, or of a source that has changed since.
   """
+  asked = _asked(about, options)
   with writer.new_folder(out, keep=True) as folder:
     if folder is not None:
       tokenizer = tokenizers.load(options.tokenizer) if options.tokenizer else None   # first: a mistake in it costs nothing
       work = Work(about, folder, options)
       work.clear_if_other()
       notes = {split: work.run(split, workers) for split in work.splits}
-      _check_usable(folder, _name(about), notes)
       _leave_out_duplicates(folder, notes, options.duplicates)
-      _finish(folder, about, notes, options, tokenizer)
+      _check_usable(folder, _name(about), notes)
+      _finish(folder, {**asked, 'fingerprint': work.fingerprint}, notes, options, tokenizer)
   made = manifest.load(out)
-  _check(out, made, _asked(about, options))
+  _check(out, made, asked)
+  if folder is None:
+    _check_unchanged(out, made, about)
   return made
 
 
@@ -89,14 +96,27 @@ def _check(out: pathlib.Path, made: manifest.Manifest, asked: dict[str, Any]) ->
     raise UserError(f'{str(out)!r} holds {made.name!r}, prepared with {", ".join(other)}; delete it or give another --out')
 
 
-def _check_usable(folder: pathlib.Path, name: str, notes: dict[str, list[dict[str, Any]]]) -> None:
-  """Raises UserError if there is nothing to train on, and says why."""
-  if any(note['count'] for note in notes['train']):
+def _check_unchanged(out: pathlib.Path, made: manifest.Manifest, about: dict[str, Any]) -> None:
+  """Raises UserError if the source is still there, but not as it was when the folder was prepared."""
+  held = made.asked.get('fingerprint')   # None where an older version made it
+  try:
+    changed = held is not None and sources.open_parts(about, 'train').fingerprint != held
+  except UserError:   # nobody needs it any more
     return
-  # What is mended, such as captions that are put beside their images, may not change the fingerprint: all is looked at anew.
-  (folder / _PLAN).unlink()
-  reasons = (f'{count:,} {reason} ({REASONS[reason]})' for reason, count in _left_out(notes['train']).items())
-  raise UserError(f'no record of {name!r} can be trained on: {", ".join(reasons) or "there is none"}')
+  if changed:
+    raise UserError(f'{str(out)!r} was prepared before {_name(about)!r} changed; delete it or give another --out')
+
+
+def _check_usable(folder: pathlib.Path, name: str, notes: dict[str, list[dict[str, Any]]]) -> None:
+  """Raises UserError if a split has no records, and says why: a run would fail at its first evaluation, hours later."""
+  for split, parts in notes.items():
+    if any(note['count'] for note in parts):
+      continue
+    # What is mended, such as captions that are put beside their images, may not change the fingerprint: all is looked at anew.
+    (folder / _PLAN).unlink()
+    reasons = ', '.join(f'{count:,} {reason} ({REASONS[reason]})' for reason, count in _left_out(parts).items())
+    what, mend = ('trained on', '') if split == 'train' else ('held out', '; give another --holdout_every')
+    raise UserError(f'no record of {name!r} can be {what}: {reasons or "there is none"}{mend}')
 
 
 class Work:
@@ -106,12 +126,13 @@ class Work:
     self.splits = ('train', sources.HELDOUT) if about['holdout_every'] else ('train',)
     self._about, self._folder, self._options = about, folder, options
     self._sources = {split: sources.open_parts(about, split) for split in self.splits}
+    self.fingerprint = self._sources['train'].fingerprint
 
   def clear_if_other(self) -> None:
     """Throws away what another source or other options, those of the tokenizer aside, left in the folder."""
     # One of too few pieces for the captions' letters is only found at the end, and no shard depends on it.
     decisive = dataclasses.asdict(dataclasses.replace(self._options, vocab_size=0, tokenizer=''))
-    plan = json.dumps([self._sources['train'].fingerprint, decisive, self._about], sort_keys=True)
+    plan = json.dumps([self.fingerprint, decisive, self._about], sort_keys=True)
     file = self._folder / _PLAN
     if not file.is_file() or file.read_text() != plan:
       for leftover in self._folder.iterdir():
@@ -137,22 +158,29 @@ def _each(job: Callable, items: list[Any], workers: int) -> Iterator[int]:
   if workers <= 1 or len(items) < 2:
     yield from map(job, items)
     return
+  others = multiprocessing.active_children()
   pool = concurrent.futures.ProcessPoolExecutor(
       workers, multiprocessing.get_context('spawn'), processes.start_worker, (os.getpid(),))
   with pool:
     try:
       for future in concurrent.futures.as_completed([pool.submit(job, item) for item in items]):
         yield future.result()
-    except BaseException:
-      pool.shutdown(wait=False, cancel_futures=True)
+    except concurrent.futures.BrokenExecutor as error:
+      raise UserError('a process that prepares was killed, by hand or for want of memory (fewer --processes need less); start '
+                      'the same command again: it goes on where it was') from error
+    except BaseException:   # nobody waits for parts that have begun: they take minutes, and are made anew anyway
+      for child in multiprocessing.active_children():
+        if child not in others:
+          child.terminate()
       raise
 
 
 def _part(source: sources.Source, folder: pathlib.Path, options: Options, item: tuple[int, int, str]) -> int:
   """Writes one shard and its note; returns how many records were looked at."""
   start, stop, shard = item
+  step = -(-(stop - start) // _SAMPLE_A_PART)   # the first ones alone would be of the first class, where classes lie in order
   note: dict[str, Any] = {'shard': shard, 'left_out': {}, **{name: [] for name in _COLUMNS}}
-  with _shard_writer(folder / (shard + '.partial')) as file:
+  with contextlib.closing(writer.Shard(folder / (shard + '.partial'))) as file:
     for index in range(start, stop):
       try:
         record, image = _cleaned(source[index], options)
@@ -160,6 +188,8 @@ def _part(source: sources.Source, folder: pathlib.Path, options: Options, item: 
         note['left_out'][error.reason] = note['left_out'].get(error.reason, 0) + 1
         continue
       file.write(records.encode(record))
+      if len(note['sides']) % step == 0:
+        note['captions'].extend(record.captions)
       _remember(note, record, image, options.duplicates)
   note['count'], note['concepts'] = len(note['sides']), sorted(set(note['concepts']))
   (folder / (shard + '.partial')).replace(folder / shard)
@@ -183,11 +213,13 @@ def _cleaned(record: Record, options: Options) -> tuple[Record, np.ndarray]:
 def _remember(note: dict[str, Any], record: Record, image: np.ndarray, duplicates: str) -> None:
   note['sides'].append(min(image.shape[:2]))
   note['words'].append(len(record.captions[0].split()))
-  note['hashes'].append(difference_hash(image) if duplicates == 'similar' else hashlib.sha256(record.image).hexdigest()[:32])
-  if len(note['captions']) < _CAPTIONS_A_PART:
-    note['captions'].append(record.captions[0])
+  note['hashes'].append(difference_hash(image) if duplicates == 'similar' else _exact(record.image))
   if record.concept:
     note['concepts'].append(record.concept)
+
+
+def _exact(image: bytes) -> str:
+  return hashlib.sha256(image).hexdigest()[:32]
 
 
 def difference_hash(image_HxWx3: np.ndarray) -> str:
@@ -206,46 +238,77 @@ class Seen:
 
   def __init__(self) -> None:
     self._whole: set[str] = set()
-    self._bands: dict[tuple[int, str], list[int]] = {}
+    self._bands: dict[tuple[int, str], array.array] = collections.defaultdict(lambda: array.array('Q'))
 
   def add(self, value: str) -> bool:
     """Whether `value` is new."""
     if value in self._whole:
       return False
     if len(value) == 16:   # of four bands at least one is equal where 3 bits differ
-      number, bands = int(value, 16), [(band, value[4 * band:4 * band + 4]) for band in range(4)]
-      if any((number ^ other).bit_count() <= 3 for band in bands for other in self._bands.get(band, ())):
+      number, bands = int(value, 16), [self._bands[band, value[4 * band:4 * band + 4]] for band in range(4)]
+      if any(_is_similar(number, band) for band in bands):
         return False
       for band in bands:
-        self._bands.setdefault(band, []).append(number)
+        band.append(number)
     self._whole.add(value)
     return True
 
 
+def _is_similar(number: int, others: array.array) -> bool:
+  # All at once: pictures with the same rows, such as a white top, share a band by the hundred thousand.
+  return bool((np.bitwise_count(np.frombuffer(others, np.uint64) ^ np.uint64(number)) <= 3).any()) if others else False
+
+
 def _leave_out_duplicates(folder: pathlib.Path, notes: dict[str, list[dict[str, Any]]], how: str) -> None:
-  """Rewrites the shards that repeat what came before; the first of several stays, those in `train` before all others."""
+  """Rewrites the shards that repeat what came before; the first of several stays, those in `train` before all others.
+
+  It takes over the captions of its exact copies: a table may have a row for each caption of an image.
+  """
   seen = Seen()
-  for note in (note for parts in notes.values() for note in parts) if how != 'keep' else ():
-    keep = [seen.add(value) for value in note['hashes']]
-    if all(keep):
+  every = [note for parts in notes.values() for note in parts] if how != 'keep' else []
+  keeps = [[seen.add(value) for value in note['hashes']] for note in every]
+  texts = _texts_of_copies(folder, every, keeps)
+  repeated = {value for note, keep in zip(every, keeps, strict=True)
+              for value, kept in zip(note['hashes'], keep, strict=True) if not kept}
+  for note, keep in zip(every, keeps, strict=True):
+    if repeated.isdisjoint(note['hashes']):
       continue
-    _shorten(folder / note['shard'], keep)
+    _rewrite(folder / note['shard'], keep, texts)
     note['left_out']['duplicate'] = note['left_out'].get('duplicate', 0) + keep.count(False)
     for name in ('hashes', 'sides', 'words'):
-      note[name] = [value for value, kept in zip(note[name], keep, strict=True) if kept]
+      note[name] = list(itertools.compress(note[name], keep))
     note['count'] = len(note['hashes'])
     _write_whole(folder / (note['shard'] + _NOTE), json.dumps(note))
 
 
-def _shorten(shard: pathlib.Path, keep: list[bool]) -> None:
-  """Leaves these records in a shard, unless one that was killed before it wrote the note has done so."""
-  with contextlib.closing(array_record_module.ArrayRecordReader(str(shard))) as old:
-    if old.num_records() == sum(keep):
+def _texts_of_copies(folder: pathlib.Path, notes: list[dict[str, Any]], keeps: list[list[bool]]) -> dict[str, list[str]]:
+  """By `_exact` of the image, captions of the records that are left out."""
+  texts: dict[str, list[str]] = {}
+  for note, keep in zip(notes, keeps, strict=True):
+    if all(keep):
+      continue
+    with _shard_reader(folder / note['shard']) as shard:
+      if shard.num_records() == sum(keep):   # one that was killed has rewritten it, and all before it
+        continue
+      for index in np.flatnonzero(np.logical_not(keep)):
+        record = records.decode(shard.read([int(index)])[0])
+        found = texts.setdefault(_exact(record.image), [])
+        found.extend(record.captions[:_MOST_CAPTIONS - len(found)])
+  return texts
+
+
+def _rewrite(shard: pathlib.Path, keep: list[bool], texts: dict[str, list[str]]) -> None:
+  """Leaves these records in a shard, with more captions, unless one that was killed before it wrote the note has done so."""
+  with _shard_reader(shard) as old:
+    if old.num_records() == sum(keep) < len(keep):
       return
     partial = shard.with_name(shard.name + '.partial')
-    with _shard_writer(partial) as file:
+    with contextlib.closing(writer.Shard(partial)) as file:
       for index in np.flatnonzero(keep):
-        file.write(old.read([int(index)])[0])
+        record = records.decode(old.read([int(index)])[0])
+        more = texts.get(_exact(record.image), [])[:max(0, _MOST_CAPTIONS - len(record.captions))]
+        together = tuple(dict.fromkeys((*record.captions, *more)))
+        file.write(records.encode(dataclasses.replace(record, captions=together)))
   partial.replace(shard)
 
 
@@ -258,7 +321,7 @@ def captions_of(source: sources.Source, step: int) -> Iterator[str]:
       continue
 
 
-def _finish(folder: pathlib.Path, about: dict[str, Any], notes: dict[str, list[dict[str, Any]]], options: Options,
+def _finish(folder: pathlib.Path, asked: dict[str, Any], notes: dict[str, list[dict[str, Any]]], options: Options,
             tokenizer: tokenizers.Tokenizer | None) -> None:
   """Tokenizer, summary, contact sheet and manifest; last, the notes are deleted."""
   texts = [text for note in notes['train'] for text in note['captions']]
@@ -269,10 +332,10 @@ def _finish(folder: pathlib.Path, about: dict[str, Any], notes: dict[str, list[d
             for split, parts in notes.items()}
   every = [note for parts in notes.values() for note in parts]
   files = [file, *(shard for split in splits.values() for shard in split.shards)]
-  name = _name(about)
+  name = asked['source']
   contents = manifest.Manifest(
       name=name, splits=splits, tokenizer=file, image_size=options.size, groups=(), licences={}, packages={},
-      asked=_asked(about, options), concepts=tuple(sorted({concept for note in every for concept in note['concepts']})),
+      asked=asked, concepts=tuple(sorted({concept for note in every for concept in note['concepts']})),
       sha256={name: writer.sha256(folder / name) for name in files})
   (folder / SUMMARY_FILE).write_text(summary(name, splits, every), encoding='utf-8')
   contents.save(folder)
@@ -315,8 +378,8 @@ def _contact_sheet(source: sources.Source, file: pathlib.Path, max_pixels: int) 
   file.write_bytes(simplejpeg.encode_jpeg(sheet))
 
 
-def _shard_writer(file: pathlib.Path) -> contextlib.closing:
-  return contextlib.closing(array_record_module.ArrayRecordWriter(str(file), writer.WRITER_OPTIONS))
+def _shard_reader(file: pathlib.Path) -> contextlib.closing:
+  return contextlib.closing(array_record_module.ArrayRecordReader(str(file)))
 
 
 def _write_whole(file: pathlib.Path, text: str) -> None:

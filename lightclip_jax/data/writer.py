@@ -3,10 +3,12 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import itertools
 import os
 import pathlib
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 from array_record.python import array_record_module
 
@@ -131,19 +133,36 @@ def _write_split(folder: pathlib.Path, name: str, records: Iterable[Record], cap
   """Writes the records in order and appends their captions to `captions`."""
   shards: list[str] = []
   count = 0
-  writer = None
-  for record in records:
-    if count % RECORDS_PER_SHARD == 0:
-      if writer:
-        writer.close()
-      shards.append(f'{name}-{len(shards):05d}.array_record')
-      writer = array_record_module.ArrayRecordWriter(str(folder / shards[-1]), WRITER_OPTIONS)
-    writer.write(records_lib.encode(record))
-    captions.extend(record.captions)
-    count += 1
-  if writer:
-    writer.close()
+  records = iter(records)
+  for first in records:
+    shards.append(f'{name}-{len(shards):05d}.array_record')
+    with contextlib.closing(Shard(folder / shards[-1])) as shard:
+      for record in itertools.chain([first], itertools.islice(records, RECORDS_PER_SHARD - 1)):
+        shard.write(records_lib.encode(record))
+        captions.extend(record.captions)
+        count += 1
   return manifests.Split(tuple(shards), count)
+
+
+class Shard:
+  """A file of records that is being written. A full disk is an OSError, often only of `close`."""
+
+  def __init__(self, file: pathlib.Path):
+    self._file = array_record_module.ArrayRecordWriter(str(file), WRITER_OPTIONS)
+
+  def write(self, data: bytes) -> None:
+    """Appends a record."""
+    self._call(self._file.write, data)
+
+  def close(self) -> None:
+    """Ends the file; what was written is not all there before."""
+    self._call(self._file.close)
+
+  def _call(self, function: Callable[..., Any], *arguments: Any) -> None:
+    try:
+      function(*arguments)
+    except RuntimeError as error:   # "write() failed: No space left on device; writing FILE; at byte 0; ..."
+      raise OSError(str(error).removeprefix('write() failed: ').split('; ')[0]) from error
 
 
 def sha256(path: pathlib.Path) -> str:

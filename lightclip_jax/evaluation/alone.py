@@ -47,9 +47,9 @@ def evaluate(path: storage.Path, chosen: Mapping[str, tasks.Task], out: str, *, 
                     f"its model's vocabulary has {config.model.text.vocab_size}")
   embedder = Embedder(lightclip.LightCLIP(config.model), config.model, loaded.variables, loaded.tokenizer,
                       batch_size=config.evaluation.batch_size if batch_size is None else batch_size)
-  name, options = data or config.data.dataset, config.data
-  if datasets.is_prepared(name):   # the checkpoint has its tokenizer; the file need not be there any more
-    options = dataclasses.replace(options, tokenizer='')
+  name = data or config.data.dataset
+  # Those of the run are of other sources, and the checkpoint has its tokenizer; the file need not be there any more.
+  options = None if datasets.is_prepared(name) else config.data
   folder = functools.partial(datasets.resolve, name, options)
   session = Session(embedder, folder, templates=templates, token_matching=config.objective.token_matching,
                     max_pixels=config.data.max_pixels)

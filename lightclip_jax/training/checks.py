@@ -96,7 +96,7 @@ def check_splits(config: config_lib.Config, folder: storage.Path) -> None:
   """The data have the splits that are evaluated.
 
   Raises:
-    UserError: naming the first that is missing, or if there is none at all; a run must not end with that.
+    UserError: naming the first that is missing or empty, or if there is none at all; a run must not end with that.
   """
   contents = manifest.load(folder)
   if not config.evaluation.splits:
@@ -106,6 +106,9 @@ def check_splits(config: config_lib.Config, folder: storage.Path) -> None:
     if split not in contents.splits:
       raise UserError(f'evaluation.splits names {split!r}, which {config.data.dataset!r} does not have; it has: '
                       f'{", ".join(contents.splits)} (data.holdout_every makes one of KIND:PATH)')
+    if not contents.splits[split].count:
+      raise UserError(f'evaluation.splits names {split!r}, of which {config.data.dataset!r} has no record; name a split with '
+                      'records, or prepare the data again with another --holdout_every')
 
 
 def check_teacher(config: config_lib.Config, dim: int) -> None:

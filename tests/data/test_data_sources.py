@@ -230,6 +230,21 @@ def test_what_a_folder_holds_out_is_not_what_a_mixture_trains_on(made, tmp_path,
     assert len(heldout) == contents.splits['heldout_style'].count
 
 
+@pytest.mark.parametrize('kind', ['csv', 'tsv', 'jsonl'])
+def test_an_image_of_several_rows_is_in_one_part_only(made, tmp_path, kind):
+  # Of COCO's five rows an image each tenth was held out: all of them showed what was trained on.
+  options = config.replace(made[1], holdout_every=3)
+  rows = [(f'{i // 4 if i < 40 else i % 10}', b'', f'caption {i}') for i in range(50)]   # also those far apart
+  about = datasets.about(source_files.write_table(tmp_path, rows, kind), options)
+  with (tmp_path / f'pairs.{kind}').open('a') as file:
+    file.write('"\n')   # a row that cannot be read is one of its own
+  train, heldout = (sources.open_parts(about, split) for split in ('train', sources.HELDOUT))
+  assert [heldout.place(i) for i in range(len(heldout))] == [i for i in range(50) if int(rows[i][0]) % 3 == 0]
+  assert sorted(part.place(i) for part in (train, heldout) for i in range(len(part))) == list(range(51))
+  again = pickle.loads(pickle.dumps(train))
+  assert len(again) == len(train) and again.fingerprint == train.fingerprint != heldout.fingerprint
+
+
 def test_holdout_and_evaluation(made):
   names, options = made
   options = config.replace(options, holdout_every=5)
@@ -416,6 +431,9 @@ def test_what_does_not_fit_is_one_line(made, tmp_path):
   (tmp_path / 'empty.csv').write_text('filepath,title\n')
   with pytest.raises(UserError, match=f'^csv:{tmp_path}/empty.csv has no training records to draw; leave it and its weight out$'):
     datasets.resolve(f'{names["csv"]} + csv:{tmp_path}/empty.csv', config.replace(options, weights=(1.0, 1.0)))
+  for option, value in (('holdout_every', 10), ('weights', (3.0, 1.0)), ('image_column', 'x'), ('image_root', 'y')):
+    with pytest.raises(UserError, match=f"data.{option} is .*'shapes' is one prepared set, where it changes nothing"):
+      datasets.resolve('shapes', config.replace(config.Data(), **{option: value}))
   with pytest.raises(UserError, match='has no column words; it has: filepath, title'):
     datasets.resolve(names['csv'], config.replace(options, caption_column='words'))
   with pytest.raises(UserError, match='has no .tar files'):

@@ -47,6 +47,12 @@ def test_shards_are_read_in_order(tmp_path, monkeypatch):
   assert len(array_record.ArrayRecordSource(tmp_path, 'empty')) == 0
 
 
+def test_a_full_disk_is_an_os_error(tmp_path):
+  (tmp_path / 'train-00000.array_record').symlink_to('/dev/full')
+  with pytest.raises(OSError, match='^No space left on device$'):
+    writer.write(tmp_path, {'train': _many(3)}, writer.About('t', 8, 64))
+
+
 def test_missing_shard_split_and_count_are_named(tmp_path):
   made = writer.write(tmp_path, {'train': _many(3)}, writer.About('t', 8, 64))
   with pytest.raises(UserError, match="no split 'test'; it has: train"):

@@ -1,4 +1,5 @@
 """The command, and gallery, matchings and report of a real (untrained) model on the data set of shapes."""
+import dataclasses
 import json
 import os
 import subprocess
@@ -57,6 +58,13 @@ def test_the_command_writes_what_the_function_measures(folder, loaded, session, 
   expected = metrics.scalars(evaluation.evaluate_splits(session, ['heldout_style']))
   assert {m['name']: m['value'] for m in read['metrics']} == pytest.approx(expected)
   assert 'heldout_style/concept_top1' in capsys.readouterr().out
+  # A run on other sources, whose options say nothing of a prepared folder.
+  own = dict(dataset='csv:gone.csv', tokenizer='gone.model', image_column='x', holdout_every=9)
+  elsewhere = dataclasses.replace(loaded, config=config.replace(loaded.config, data=own))
+  monkeypatch.setattr(checkpoint, 'load', lambda path, step: elsewhere)
+  evaluate.main(evaluate.parse(['--checkpoint=run', '--task=heldout_style', f'--data={folder}', f'--out={out}']))
+  assert json.loads(out.read_text())['metrics'] == read['metrics']
+  monkeypatch.setattr(checkpoint, 'load', lambda path, step: loaded)
   evaluate.main(evaluate.parse(['--checkpoint=run', f'--out={out}']))
   names = {m['name'].split('/')[1] for m in json.loads(out.read_text())['metrics']}
   assert names == set(loaded.config.evaluation.splits)

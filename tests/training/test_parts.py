@@ -1,6 +1,7 @@
 """The small parts of a run: schedule, decay mask, meter, writer, checks."""
 import base64
 import contextlib
+import dataclasses
 import errno
 import functools
 import json
@@ -20,6 +21,7 @@ from tiny import SHALLOW, TINY
 
 from lightclip_jax import cli, sharding, storage
 from lightclip_jax import config as config_lib
+from lightclip_jax.data import manifest
 from lightclip_jax.data.datasets import shapes
 from lightclip_jax.errors import UserError
 from lightclip_jax.models import image_towers, mobilenet_v2
@@ -287,6 +289,11 @@ def test_no_split_to_evaluate_is_said_at_the_start(tmp_path):
     checks.check_splits(config_lib.replace(TINY, evaluation=dict(splits=())), tmp_path / 'data')
   with pytest.raises(UserError, match="evaluation.splits names 'nope', which 'shapes' does not have; .*heldout_style.*holdout"):
     checks.check_splits(config_lib.replace(TINY, evaluation=dict(splits=('nope',))), tmp_path / 'data')
+  made = manifest.load(tmp_path / 'data')
+  empty = dataclasses.replace(made, splits={**made.splits, 'heldout_style': manifest.Split((), 0)})
+  empty.save(tmp_path / 'data')
+  with pytest.raises(UserError, match="evaluation.splits names 'heldout_style', of which 'shapes' has no record"):
+    checks.check_splits(config_lib.replace(TINY, evaluation=dict(splits=('heldout_style',))), tmp_path / 'data')
 
 
 def test_tokenizer_must_fit():

@@ -47,10 +47,11 @@ def resolve(name: str, options: configs.Data | None = None) -> storage.Path:
     options: `config.data`; columns, weights and tokenizer of such sources come from it.
 
   Raises:
-    UserError: for something that is none of these, or if the preparation fails.
+    UserError: for something that is none of these, for an option that it would ignore, or if the preparation fails.
   """
   options = options or configs.Data()
   if is_prepared(name) and not options.tokenizer:
+    _check_nothing_ignored(name, options)
     folder = _prepared(name)
     manifest.load(folder)
     return folder
@@ -61,6 +62,13 @@ def resolve(name: str, options: configs.Data | None = None) -> storage.Path:
 def is_prepared(name: str) -> bool:
   """Whether a data set is one prepared folder, or a built-in set, by its name."""
   return _PLUS not in name and name.partition(':')[0] not in sources.SOURCES
+
+
+def _check_nothing_ignored(name: str, options: configs.Data) -> None:
+  for option in ('weights', 'image_column', 'caption_column', 'image_root', 'holdout_every'):
+    if value := getattr(options, option):
+      raise UserError(f'data.{option} is {value!r}, but {name!r} is one prepared set, where it changes nothing; leave '
+                      f'it at {getattr(configs.Data(), option)!r}')
 
 
 def about(name: str, options: configs.Data) -> dict[str, Any]:

@@ -5,8 +5,11 @@ import operator
 from collections.abc import Sequence
 from typing import Any, SupportsIndex
 
+import numpy as np
+
 from lightclip_jax.data import indexes
 from lightclip_jax.data.records import Record
+from lightclip_jax.data.sources.table import TableSource
 
 
 class MixtureSource:
@@ -32,18 +35,25 @@ class MixtureSource:
 
 
 class Part:
-  """Each `every`-th record from the first (`heldout`), or all the others."""
+  """Each `every`-th record from the first (`heldout`), or all the others; of tables, images with all their rows."""
 
   def __init__(self, source: Any, every: int, heldout: bool):
     self._source, self._every, self._heldout = source, every, heldout
-    self.fingerprint = indexes.digest([source.fingerprint, every, heldout])
+    self._places = None
+    if isinstance(source, TableSource) and (images := source.images()).max(initial=-1) + 1 < len(source):
+      self._places = np.flatnonzero((images % every == 0) == heldout)   # COCO's have five rows an image
+    self.fingerprint = indexes.digest([source.fingerprint, every, heldout, *['images'] * (self._places is not None)])
 
   def __len__(self) -> int:
+    if self._places is not None:
+      return len(self._places)
     heldout = -(-len(self._source) // self._every)
     return heldout if self._heldout else len(self._source) - heldout
 
   def place(self, index: int) -> int:
     """The record's index in the whole source."""
+    if self._places is not None:
+      return int(self._places[index])
     return index * self._every if self._heldout else index + index // (self._every - 1) + 1
 
   def name(self, index: int) -> str:
@@ -52,6 +62,9 @@ class Part:
 
   def __getitem__(self, index: SupportsIndex) -> Record:
     return self._source[self.place(operator.index(index))]
+
+  def __reduce__(self) -> tuple[Any, ...]:
+    return Part, (self._source, self._every, self._heldout)
 
 
 def origin(source: Any, index: int) -> tuple[int, int]:

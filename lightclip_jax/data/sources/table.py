@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO, SupportsIndex
 
 import numpy as np
+import tqdm
 
 from lightclip_jax.data import captions, indexes
 from lightclip_jax.data.faults import BadRecord
@@ -39,7 +40,7 @@ class TableSource:
     self._folder = Folder(folder or '.')
     self._images = Folder(spec.image_root) if spec.image_root else self._folder
     try:
-      stamp = self._folder.stamp(self._file)
+      self._stamp = stamp = self._folder.stamp(self._file)
       self._check_utf8()
       self._ends = indexes.stored(spec.index, [indexes.RULES, stamp], lambda: {'ends': self._row_ends()})['ends']
     except (OSError, BadRecord) as error:
@@ -66,6 +67,26 @@ class TableSource:
   def _parse(self, row: bytes) -> tuple[Any, Any]:
     """Path and caption. Raises BadRecord."""
     raise NotImplementedError
+
+  def images(self) -> np.ndarray:
+    """int64 [N]: the number of each row's image, in the order in which they appear; the whole table is read for it, once."""
+    return indexes.stored(f'{self.spec.index}-images', self._stamp, lambda: {'images': self._image_numbers()})['images']
+
+  def _image_numbers(self) -> np.ndarray:
+    sizes = tqdm.tqdm(np.diff(self._ends), 'reading paths', unit=' rows', disable=None, leave=False)
+    with self._folder.open(self._file) as opened, io.BufferedReader(opened) as file:
+      file.seek(int(self._ends[0]) if len(self._ends) else 0)
+      # Hashes, as the paths of twelve million rows would fill a gigabyte.
+      hashes = np.fromiter((self._path_hash(file.read(int(size))) for size in sizes), np.int64)
+    _, first, images = np.unique(hashes, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[images]
+
+  def _path_hash(self, row: bytes) -> int:
+    try:
+      path = self._parse(row)[0]
+    except BadRecord:
+      path = None
+    return hash(path if isinstance(path, str) else row)
 
   def __len__(self) -> int:
     return max(0, len(self._ends) - 1)
