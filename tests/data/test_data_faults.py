@@ -254,7 +254,8 @@ def test_json_lines_that_are_blank_and_values_that_are_null(tmp_path):
   # Blank lines were damaged records, and a null hid the caption or the path under the next name.
   (tmp_path / 'a.jpg').write_bytes(source_files.jpeg(1))
   rows = [b'', b'{"filepath": "a.jpg", "title": "one"}', b' \t\r', b'',
-          b'{"filepath": null, "image": "a.jpg", "title": null, "text": "two"}', b'{"filepath": "a.jpg", "title": null}', b'', b' ']
+          b'{"filepath": null, "image": "a.jpg", "title": null, "text": "two"}', b'{"filepath": "a.jpg", "title": null}',
+          b'', b' ']
   assert _rows(tmp_path / 'x.jsonl', tmp_path, b'\n'.join(rows)) == ['one', 'two', 'no_caption']
   assert captions.of_json(b'{"caption": null, "text": "real"}') == ('real',)
 
