@@ -23,13 +23,13 @@ class SigmoidAux:
 
 
 def sigmoid_contrastive_loss(
-    image_embeddings_BxD: jax.Array, text_embeddings_BxD: jax.Array, logit_scale: jax.Array | float,
+    image_embeddings: jax.Array, text_embeddings: jax.Array, logit_scale: jax.Array | float,
     logit_bias: jax.Array | float, *, mesh: Mesh | None = None, axes: str | tuple[str, ...] | None = None,
     ) -> tuple[jax.Array, SigmoidAux]:
   """-1/B sum_ij log sigmoid(±(s <z_i, t_j> + bias)), with + for a pair and - for all others.
 
   Args:
-    image_embeddings_BxD, text_embeddings_BxD: unit vectors, any float type; computed in float32.
+    image_embeddings, text_embeddings: unit vectors, any float type; computed in float32.
     logit_scale, logit_bias: scalars; the scale is multiplicative (not its logarithm).
     mesh, axes: where the batch is sharded, B over `axes`; None: one device.
 
@@ -40,11 +40,11 @@ def sigmoid_contrastive_loss(
     UserError: for shapes that do not fit, or a batch that the devices cannot share.
   """
   ring = Ring.over(mesh, axes)
-  check_embeddings(image_embeddings_BxD, text_embeddings_BxD, logit_scale, ring)
+  check_embeddings(image_embeddings, text_embeddings, logit_scale, ring)
   if jnp.size(logit_bias) != 1:
     raise UserError(f'logit_bias has shape {jnp.shape(logit_bias)}; it must be a scalar')
   numbers = tuple(jnp.asarray(x, jnp.float32).reshape(()) for x in (logit_scale, logit_bias))
-  loss, top1 = _loss(ring, image_embeddings_BxD.astype(jnp.float32), text_embeddings_BxD.astype(jnp.float32), *numbers)
+  loss, top1 = _loss(ring, image_embeddings.astype(jnp.float32), text_embeddings.astype(jnp.float32), *numbers)
   return loss, SigmoidAux(*top1)
 
 

@@ -24,7 +24,7 @@ _FAR = 4.0              # largest step of a potential that overshoots in full, s
 _SAFE_EXPONENT = 21.0   # K = exp(±21) and potentials as large stay within float32 in any product
 
 
-def sinkhorn_plan(cost_xNxM: jax.Array, row_mask_xN: jax.Array, col_mask_xM: jax.Array, *, epsilon: float = 0.05,
+def sinkhorn_plan(cost_xNxM: jax.Array, row_mask: jax.Array, col_mask: jax.Array, *, epsilon: float = 0.05,
                   num_iterations: int = 20, gradient: Literal['envelope', 'unroll'] = 'envelope') -> jax.Array:
   """The plan pi >= 0 that minimises <pi, cost> - epsilon * entropy(pi), one-to-one on the smaller side.
 
@@ -33,7 +33,7 @@ def sinkhorn_plan(cost_xNxM: jax.Array, row_mask_xN: jax.Array, col_mask_xM: jax
 
   Args:
     cost_xNxM: [..., N, M], any float type; computed in float32.
-    row_mask_xN, col_mask_xM: bool [..., N] and [..., M], valid items in any pattern; leading axes broadcast.
+    row_mask, col_mask: bool [..., N] and [..., M], valid items in any pattern; leading axes broadcast.
     epsilon: temperature, in units of the cost. num_iterations: pairs of updates.
     gradient: "envelope" holds the plan constant in the backward pass, which is exact for the converged objective;
       "unroll" differentiates through the iterations.
@@ -44,12 +44,12 @@ def sinkhorn_plan(cost_xNxM: jax.Array, row_mask_xN: jax.Array, col_mask_xM: jax
   Raises:
     UserError: for shapes that do not fit, an unknown `gradient`, or epsilon or num_iterations that is not positive.
   """
-  _check(cost_xNxM, row_mask_xN, col_mask_xM, gradient, epsilon, num_iterations)
+  _check(cost_xNxM, row_mask, col_mask, gradient, epsilon, num_iterations)
   cost = cost_xNxM.astype(jnp.float32)
   if gradient == 'envelope':
     cost = jax.lax.stop_gradient(cost)
-  rows = jnp.broadcast_to(row_mask_xN, cost.shape[:-1])
-  cols = jnp.broadcast_to(col_mask_xM, cost.shape[:-2] + cost.shape[-1:])
+  rows = jnp.broadcast_to(row_mask, cost.shape[:-1])
+  cols = jnp.broadcast_to(col_mask, cost.shape[:-2] + cost.shape[-1:])
   return solve(cost, rows, cols, epsilon, num_iterations, False)
 
 

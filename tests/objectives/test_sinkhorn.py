@@ -181,3 +181,8 @@ def test_bfloat16_costs():
 def test_bad_input_is_named(message, args, options):
   with pytest.raises(ValueError, match=message):
     sinkhorn_plan(*args, **options)
+
+
+def test_arguments_have_their_public_names():
+  cost, ones = jnp.ones((2, 3)), functools.partial(jnp.ones, dtype=bool)
+  np.testing.assert_allclose(sinkhorn_plan(cost, row_mask=ones(2), col_mask=ones(3)), sinkhorn_plan(cost, ones(2), ones(3)))
