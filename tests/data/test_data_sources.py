@@ -16,7 +16,7 @@ import pytest
 import source_files
 
 from lightclip_jax import config
-from lightclip_jax.data import datasets, files, manifest, pipeline, sources, tokenizers
+from lightclip_jax.data import convert, datasets, files, manifest, pipeline, sources, tokenizers
 from lightclip_jax.data.datasets import shapes
 from lightclip_jax.data.faults import BadRecord
 from lightclip_jax.errors import UserError
@@ -241,8 +241,22 @@ def test_an_image_of_several_rows_is_in_one_part_only(made, tmp_path, kind):
   train, heldout = (sources.open_parts(about, split) for split in ('train', sources.HELDOUT))
   assert [heldout.place(i) for i in range(len(heldout))] == [i for i in range(50) if int(rows[i][0]) % 3 == 0]
   assert sorted(part.place(i) for part in (train, heldout) for i in range(len(part))) == list(range(51))
-  again = pickle.loads(pickle.dumps(train))
-  assert len(again) == len(train) and again.fingerprint == train.fingerprint != heldout.fingerprint
+  for part in (train, heldout):   # each worker's Nth row was one of all rows: it trained on what is held out
+    again = pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(part))))
+    assert again.fingerprint == part.fingerprint and len(again) == len(part)
+    assert [again.place(i) for i in range(len(part))] == [part.place(i) for i in range(len(part))]
+  assert train.fingerprint != heldout.fingerprint
+
+
+def test_preparing_processes_hold_out_whole_images_too(tmp_path, monkeypatch):
+  rows = [(f'{i // 5}', source_files.jpeg(i // 5), f'caption {i}') for i in range(60)]
+  path = source_files.write_table(tmp_path, rows, 'csv').partition(':')[2]
+  about = datasets.about(f'csv:{path}', config.replace(config.Data(), holdout_every=4))
+  monkeypatch.setattr(convert.writer, 'RECORDS_PER_SHARD', 25)
+  convert.convert(about, tmp_path / 'out', convert.Options(vocab_size=64), 2)
+  images = {split: {record.image for record in pipeline.evaluation_records(tmp_path / 'out', split)}
+            for split in ('train', 'heldout')}
+  assert images['heldout'] == {rows[5 * i][1] for i in (0, 4, 8)} and len(images['train']) == 9
 
 
 def test_holdout_and_evaluation(made):
