@@ -280,6 +280,15 @@ def test_a_record_takes_over_the_captions_of_its_copies(tmp_path, monkeypatch, h
   assert '16 duplicate' in (tmp_path / 'out/summary.txt').read_text()
 
 
+def test_comparing_is_shown(tmp_path, capsys):
+  # It took minutes, of millions of similar pictures hours, in silence.
+  path = source_files.write_tars(tmp_path / 'in', source_files.pairs(4), shards=1).partition(':')[2]
+  for how, shown in (('similar', True), ('exact', True), ('keep', False)):
+    prepare.main(prepare.parse(['webdataset', path, f'--out={tmp_path / how}', '--vocab_size=64', f'--duplicates={how}']))
+    said = capsys.readouterr().err
+    assert all((f'{what}: 100%' in said) == shown for what in ('comparing', 'leaving out copies'))
+
+
 def test_a_held_out_split_of_copies_alone_is_said(tmp_path):
   rows = [(f'{i}', source_files.jpeg(i // 2), f'caption {i}') for i in range(20)]
   path = source_files.write_tars(tmp_path / 'in', rows, shards=1).partition(':')[2]
