@@ -370,6 +370,22 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
       sources.SOURCES[kind](sources.Spec(kind, str(tmp_path), index=str(tmp_path / 'index')))
 
 
+def test_links_are_named_once(tmp_path, capsys):
+  # A folder made of links to the classes of another was an empty one, and a single link just missing.
+  for name in ('data', 'elsewhere'):
+    (tmp_path / name).mkdir()
+    source_files.write_folder(tmp_path / name, source_files.pairs(2))
+  (tmp_path / 'data/linked').symlink_to(tmp_path / 'elsewhere/images')
+  (tmp_path / 'data/x.jpg').symlink_to(tmp_path / 'elsewhere/images/0000.jpg')
+  (tmp_path / 'data/x.md').symlink_to(tmp_path / 'elsewhere')   # no picture, but a folder
+  (tmp_path / 'data/notes.md').symlink_to(tmp_path / 'elsewhere/images/0000.txt')
+  folder = files.Folder(tmp_path / 'data')
+  assert [folder.files('.jpg') for _ in range(2)] == [['images/0000.jpg', 'images/0001.jpg']] * 2
+  said = capsys.readouterr().err
+  assert said.startswith(f"{tmp_path}/data: links are not followed, such as '{tmp_path}/data/linked' (3 in all); ")
+  assert said.count('\n') == 1
+
+
 @pytest.mark.parametrize('labels', [False, True])
 def test_tfds_without_tensorflow(tmp_path, made, labels):
   import tensorflow_datasets as tfds
