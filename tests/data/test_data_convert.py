@@ -45,6 +45,8 @@ def test_what_was_let_through_is_evaluated_and_seen_by_a_teacher(tmp_path, monke
   teacher.write(out, 'tutor', encoders, lambda parts, total: parts)
   session = Session(None, out, max_pixels=100)
   assert session.part('heldout').read(0).size > 300
+  twice = datasets.resolve(f'{out} + {out}', prepare.configs.Data())   # and is so as the first part of a mixture
+  assert all(record.image != transforms.BLACK for record in Session(None, twice, max_pixels=100).records('heldout'))
   dataclasses.replace(manifest.load(out), asked={}).save(out)   # as others make it
   for limit, black in ((30000, False), (100, True)):
     records = Session(None, out, max_pixels=limit).records('heldout')
