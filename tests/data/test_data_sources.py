@@ -464,6 +464,8 @@ def test_what_does_not_fit_is_one_line(made, tmp_path):
   for option, value in (('holdout_every', 10), ('weights', (3.0, 1.0)), ('image_column', 'x'), ('image_root', 'y')):
     with pytest.raises(UserError, match=f"data.{option} is .*'shapes' is one prepared set, where it changes nothing"):
       datasets.resolve('shapes', config.replace(config.Data(), **{option: value}))
+  with pytest.raises(UserError, match="data.caption_column is 'x', but 'shapes' is one prepared set"):
+    datasets.resolve('shapes', config.replace(options, caption_column='x'))
   with pytest.raises(UserError, match='has no column words; it has: filepath, title'):
     datasets.resolve(names['csv'], config.replace(options, caption_column='words'))
   with pytest.raises(UserError, match='has no .tar files'):
