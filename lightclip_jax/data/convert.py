@@ -264,13 +264,16 @@ def _leave_out_duplicates(folder: pathlib.Path, notes: dict[str, list[dict[str, 
 
   It takes over the captions of its exact copies: a table may have a row for each caption of an image.
   """
+  if how == 'keep':
+    return
   seen = Seen()
-  every = [note for parts in notes.values() for note in parts] if how != 'keep' else []
-  keeps = [[seen.add(value) for value in note['hashes']] for note in every]
+  every = [note for parts in notes.values() for note in parts]
+  shown = functools.partial(tqdm.tqdm, total=len(every), unit=' parts', mininterval=0.5)   # of millions each takes minutes
+  keeps = [[seen.add(value) for value in note['hashes']] for note in shown(every, 'comparing')]
   texts = _texts_of_copies(folder, every, keeps)
   repeated = {value for note, keep in zip(every, keeps, strict=True)
               for value, kept in zip(note['hashes'], keep, strict=True) if not kept}
-  for note, keep in zip(every, keeps, strict=True):
+  for note, keep in shown(zip(every, keeps, strict=True), 'leaving out copies'):
     if repeated.isdisjoint(note['hashes']):
       continue
     _rewrite(folder / note['shard'], keep, texts)

@@ -1,7 +1,9 @@
 """Reading below one folder, on disk or in a bucket (fsspec), and never outside it."""
+import functools
 import os
 import pathlib
 import stat
+import sys
 from typing import Any, BinaryIO
 
 import fsspec
@@ -31,16 +33,21 @@ class Folder:
       raise UserError(f'data folder {self.path!r} {what}')
 
   def files(self, *suffixes: str) -> list[str]:
-    """Names of the files below the folder that end so, sorted; links are not followed.
+    """Names of the files below the folder that end so, sorted; links are not followed, and one of them is named.
 
     Raises:
       UserError: if a folder in it cannot be read: what is there would be missing, and nobody would know.
     """
     if self.local:
-      found = [os.path.relpath(os.path.join(folder, name), self._root)
-               for folder, _, names in os.walk(self._root, onerror=_refuse)
-               for name in names if name.lower().endswith(suffixes)]
-      return sorted(name for name in found if not os.path.islink(os.path.join(self._root, name)))
+      found, links = [], set()
+      for folder, folders, names in os.walk(self._root, onerror=_refuse):
+        wanted = [os.path.join(folder, name) for name in names if name.lower().endswith(suffixes)]
+        links.update(path for path in [*(os.path.join(folder, name) for name in folders), *wanted] if os.path.islink(path))
+        found += wanted
+      if links:
+        _say_once(f'{self.path}: links are not followed, such as {min(links)!r} ({len(links):,} in all); what they lead to is '
+                  'missing, unless it is copied there or is a source of its own')
+      return sorted(os.path.relpath(path, self._root) for path in found if path not in links)
     prefix = self._root.rstrip('/') + '/'
     return sorted(name.removeprefix(prefix) for name in self._remote.find(self._root) if name.lower().endswith(suffixes))
 
@@ -100,6 +107,11 @@ class Folder:
 
 def _refuse(error: OSError) -> None:
   raise UserError(f'cannot read the folder {error.filename!r}: {error.strerror}; make it readable, or take it out') from error
+
+
+@functools.cache
+def _say_once(text: str) -> None:   # a source is opened several times in a run
+  print(text, file=sys.stderr, flush=True)
 
 
 def shards(path: str, suffix: str) -> tuple[Folder, list[str]]:

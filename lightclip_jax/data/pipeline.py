@@ -369,7 +369,10 @@ def evaluation_records(folder: str | storage.Path, split: str, max_pixels: int =
 
 
 def _limit(folder: str | storage.Path, max_pixels: int) -> int:
-  return max(max_pixels, manifest.load(folder).max_pixels)
+  contents = manifest.load(folder)
+  if contents.source and (first := sources.prepared(contents.source)):   # whose splits are evaluated
+    contents = manifest.load(first)
+  return max(max_pixels, contents.max_pixels)
 
 
 def _usable(source: sources.Source, index: int, max_pixels: int) -> tuple[Record, np.ndarray]:

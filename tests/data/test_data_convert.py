@@ -45,6 +45,8 @@ def test_what_was_let_through_is_evaluated_and_seen_by_a_teacher(tmp_path, monke
   teacher.write(out, 'tutor', encoders, lambda parts, total: parts)
   session = Session(None, out, max_pixels=100)
   assert session.part('heldout').read(0).size > 300
+  twice = datasets.resolve(f'{out} + {out}', prepare.configs.Data())   # and is so as the first part of a mixture
+  assert all(record.image != transforms.BLACK for record in Session(None, twice, max_pixels=100).records('heldout'))
   dataclasses.replace(manifest.load(out), asked={}).save(out)   # as others make it
   for limit, black in ((30000, False), (100, True)):
     records = Session(None, out, max_pixels=limit).records('heldout')
@@ -278,6 +280,15 @@ def test_a_record_takes_over_the_captions_of_its_copies(tmp_path, monkeypatch, h
   first = [5 * i for i in range(4)]
   assert [record.captions for record in records] == [tuple(rows[i + j][2] for j in range(3)) for i in first]
   assert '16 duplicate' in (tmp_path / 'out/summary.txt').read_text()
+
+
+def test_comparing_is_shown(tmp_path, capsys):
+  # It took minutes, of millions of similar pictures hours, in silence.
+  path = source_files.write_tars(tmp_path / 'in', source_files.pairs(4), shards=1).partition(':')[2]
+  for how, shown in (('similar', True), ('exact', True), ('keep', False)):
+    prepare.main(prepare.parse(['webdataset', path, f'--out={tmp_path / how}', '--vocab_size=64', f'--duplicates={how}']))
+    said = capsys.readouterr().err
+    assert all((f'{what}: 100%' in said) == shown for what in ('comparing', 'leaving out copies'))
 
 
 def test_a_held_out_split_of_copies_alone_is_said(tmp_path):

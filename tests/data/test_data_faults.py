@@ -217,7 +217,7 @@ def test_what_is_wrong_with_tars(tmp_path):
   assert _reasons(_open('webdataset', tmp_path, tmp_path)) == []
 
 
-def test_keys_with_dots(tmp_path):
+def test_keys_with_dots(tmp_path, capsys):
   # Samples whose names have a dot, such as photo.1.jpg or www.site.com_7.jpg, were no records, and not counted.
   files = {'photo.1.jpg': b'1', 'photo.1.txt': b'one',
            'a.b/www.site.com_7.JPG': b'2', 'a.b/www.site.com_7.json': b'{"text": "two"}',
@@ -231,6 +231,18 @@ def test_keys_with_dots(tmp_path):
   assert [(source[i].image, source[i].captions) for i in range(3)] == [(b'1', ('one',)), (b'2', ('two',)), (b'3', ('three',))]
   with pytest.raises(BadRecord, match='there is no caption'):
     source[3]
+  assert capsys.readouterr().err.endswith("of a sample: 3 '.*', 2 '', 1 '.npy', 1 '.mask.png'\n")
+
+
+def test_what_tars_hold_beside_samples_is_named_once(tmp_path, capsys):
+  # A set of .avif and .caption files was an empty one, and nothing said why.
+  for number in range(2):
+    with tarfile.open(tmp_path / f'{number}.tar', 'w') as tar:
+      for name in ('0.AVIF', '0.caption', '1.avif', *(f'2.{kind}' for kind in 'abcde'[:4 + number])):
+        source_files.add(tar, name, b'-')
+  assert [len(_open('webdataset', tmp_path, tmp_path)) for _ in range(2)] == [0, 0]
+  said = f'{tmp_path}: left aside, as neither images (jpg, jpeg, png, webp, gif, bmp, tif, tiff) nor captions (txt, json) of a '
+  assert capsys.readouterr().err == said + "sample: 4 '.avif', 2 '.caption', 2 '.a', 2 '.b', 2 '.c', ...\n"
 
 
 def test_what_is_wrong_with_tables(tmp_path):

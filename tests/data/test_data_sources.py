@@ -16,7 +16,7 @@ import pytest
 import source_files
 
 from lightclip_jax import config
-from lightclip_jax.data import datasets, files, manifest, pipeline, sources, tokenizers
+from lightclip_jax.data import convert, datasets, files, manifest, pipeline, sources, tokenizers
 from lightclip_jax.data.datasets import shapes
 from lightclip_jax.data.faults import BadRecord
 from lightclip_jax.errors import UserError
@@ -241,8 +241,22 @@ def test_an_image_of_several_rows_is_in_one_part_only(made, tmp_path, kind):
   train, heldout = (sources.open_parts(about, split) for split in ('train', sources.HELDOUT))
   assert [heldout.place(i) for i in range(len(heldout))] == [i for i in range(50) if int(rows[i][0]) % 3 == 0]
   assert sorted(part.place(i) for part in (train, heldout) for i in range(len(part))) == list(range(51))
-  again = pickle.loads(pickle.dumps(train))
-  assert len(again) == len(train) and again.fingerprint == train.fingerprint != heldout.fingerprint
+  for part in (train, heldout):   # each worker's Nth row was one of all rows: it trained on what is held out
+    again = pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(part))))
+    assert again.fingerprint == part.fingerprint and len(again) == len(part)
+    assert [again.place(i) for i in range(len(part))] == [part.place(i) for i in range(len(part))]
+  assert train.fingerprint != heldout.fingerprint
+
+
+def test_preparing_processes_hold_out_whole_images_too(tmp_path, monkeypatch):
+  rows = [(f'{i // 5}', source_files.jpeg(i // 5), f'caption {i}') for i in range(60)]
+  path = source_files.write_table(tmp_path, rows, 'csv').partition(':')[2]
+  about = datasets.about(f'csv:{path}', config.replace(config.Data(), holdout_every=4))
+  monkeypatch.setattr(convert.writer, 'RECORDS_PER_SHARD', 25)
+  convert.convert(about, tmp_path / 'out', convert.Options(vocab_size=64), 2)
+  images = {split: {record.image for record in pipeline.evaluation_records(tmp_path / 'out', split)}
+            for split in ('train', 'heldout')}
+  assert images['heldout'] == {rows[5 * i][1] for i in (0, 4, 8)} and len(images['train']) == 9
 
 
 def test_holdout_and_evaluation(made):
@@ -356,6 +370,22 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
       sources.SOURCES[kind](sources.Spec(kind, str(tmp_path), index=str(tmp_path / 'index')))
 
 
+def test_links_are_named_once(tmp_path, capsys):
+  # A folder made of links to the classes of another was an empty one, and a single link just missing.
+  for name in ('data', 'elsewhere'):
+    (tmp_path / name).mkdir()
+    source_files.write_folder(tmp_path / name, source_files.pairs(2))
+  (tmp_path / 'data/linked').symlink_to(tmp_path / 'elsewhere/images')
+  (tmp_path / 'data/x.jpg').symlink_to(tmp_path / 'elsewhere/images/0000.jpg')
+  (tmp_path / 'data/x.md').symlink_to(tmp_path / 'elsewhere')   # no picture, but a folder
+  (tmp_path / 'data/notes.md').symlink_to(tmp_path / 'elsewhere/images/0000.txt')
+  folder = files.Folder(tmp_path / 'data')
+  assert [folder.files('.jpg') for _ in range(2)] == [['images/0000.jpg', 'images/0001.jpg']] * 2
+  said = capsys.readouterr().err
+  assert said.startswith(f"{tmp_path}/data: links are not followed, such as '{tmp_path}/data/linked' (3 in all); ")
+  assert said.count('\n') == 1
+
+
 @pytest.mark.parametrize('labels', [False, True])
 def test_tfds_without_tensorflow(tmp_path, made, labels):
   import tensorflow_datasets as tfds
@@ -434,6 +464,8 @@ def test_what_does_not_fit_is_one_line(made, tmp_path):
   for option, value in (('holdout_every', 10), ('weights', (3.0, 1.0)), ('image_column', 'x'), ('image_root', 'y')):
     with pytest.raises(UserError, match=f"data.{option} is .*'shapes' is one prepared set, where it changes nothing"):
       datasets.resolve('shapes', config.replace(config.Data(), **{option: value}))
+  with pytest.raises(UserError, match="data.caption_column is 'x', but 'shapes' is one prepared set"):
+    datasets.resolve('shapes', config.replace(options, caption_column='x'))
   with pytest.raises(UserError, match='has no column words; it has: filepath, title'):
     datasets.resolve(names['csv'], config.replace(options, caption_column='words'))
   with pytest.raises(UserError, match='has no .tar files'):

@@ -50,8 +50,9 @@ def resolve(name: str, options: configs.Data | None = None) -> storage.Path:
     UserError: for something that is none of these, for an option that it would ignore, or if the preparation fails.
   """
   options = options or configs.Data()
-  if is_prepared(name) and not options.tokenizer:
+  if is_prepared(name):
     _check_nothing_ignored(name, options)
+  if is_prepared(name) and not options.tokenizer:
     folder = _prepared(name)
     manifest.load(folder)
     return folder
@@ -65,7 +66,8 @@ def is_prepared(name: str) -> bool:
 
 
 def _check_nothing_ignored(name: str, options: configs.Data) -> None:
-  for option in ('weights', 'image_column', 'caption_column', 'image_root', 'holdout_every'):
+  decisive = () if options.tokenizer else ('weights', 'holdout_every')   # with another tokenizer it is a mixture of one part
+  for option in ('image_column', 'caption_column', 'image_root', *decisive):
     if value := getattr(options, option):
       raise UserError(f'data.{option} is {value!r}, but {name!r} is one prepared set, where it changes nothing; leave '
                       f'it at {getattr(configs.Data(), option)!r}')

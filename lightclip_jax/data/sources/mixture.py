@@ -1,5 +1,6 @@
 """Several sources as one, and one source as two splits."""
 import bisect
+import functools
 import itertools
 import operator
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ import numpy as np
 
 from lightclip_jax.data import indexes
 from lightclip_jax.data.records import Record
+from lightclip_jax.data.sources.reopened import Reopened
 from lightclip_jax.data.sources.table import TableSource
 
 
@@ -39,10 +41,15 @@ class Part:
 
   def __init__(self, source: Any, every: int, heldout: bool):
     self._source, self._every, self._heldout = source, every, heldout
-    self._places = None
-    if isinstance(source, TableSource) and (images := source.images()).max(initial=-1) + 1 < len(source):
-      self._places = np.flatnonzero((images % every == 0) == heldout)   # COCO's have five rows an image
     self.fingerprint = indexes.digest([source.fingerprint, every, heldout, *['images'] * (self._places is not None)])
+
+  @functools.cached_property
+  def _places(self) -> np.ndarray | None:
+    # A worker's is made when it is first read: it depends on the source, which is opened then, and not on what stands for it.
+    source = self._source.opened if isinstance(self._source, Reopened) else self._source
+    if not isinstance(source, TableSource) or (images := source.images()).max(initial=-1) + 1 == len(source):
+      return None
+    return np.flatnonzero((images % self._every == 0) == self._heldout)   # COCO's have five rows an image
 
   def __len__(self) -> int:
     if self._places is not None:
@@ -63,8 +70,8 @@ class Part:
   def __getitem__(self, index: SupportsIndex) -> Record:
     return self._source[self.place(operator.index(index))]
 
-  def __reduce__(self) -> tuple[Any, ...]:
-    return Part, (self._source, self._every, self._heldout)
+  def __getstate__(self) -> dict[str, Any]:
+    return {name: value for name, value in vars(self).items() if name != '_places'}
 
 
 def origin(source: Any, index: int) -> tuple[int, int]:

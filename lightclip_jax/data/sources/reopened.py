@@ -22,21 +22,22 @@ class Reopened:
     self._kind, self._spec, self.fingerprint = kind, spec, fingerprint
 
   @functools.cached_property
-  def _source(self) -> Any:
+  def opened(self) -> Any:
+    """The source itself. Raises UserError where it has changed."""
     source = self._kind(self._spec)
     if source.fingerprint != self.fingerprint:
       raise UserError(f'{self._spec.path!r} has changed while it was read; start again')
     return source
 
   def __len__(self) -> int:
-    return len(self._source)
+    return len(self.opened)
 
   def name(self, index: int) -> str:
     """The source's."""
-    return self._source.name(index)
+    return self.opened.name(index)
 
   def __getitem__(self, index: SupportsIndex) -> Record:
-    return self._source[index]
+    return self.opened[index]
 
   def __reduce__(self) -> tuple[Any, ...]:
     return Reopened, (self._kind, self._spec, self.fingerprint)

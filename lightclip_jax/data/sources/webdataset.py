@@ -2,6 +2,9 @@
 
 A tar is walked header by header, once; nothing of it is unpacked, and no name in it is ever used as a path.
 """
+import collections
+import os
+import sys
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple, SupportsIndex
 
@@ -19,6 +22,7 @@ IMAGES = ('jpg', 'jpeg', 'png', 'webp', 'gif', 'bmp', 'tif', 'tiff')
 _CAPTIONS = ('txt', 'json')    # the first that a sample has
 _BLOCK = 512
 _MAX_HEADER_DATA = 1 << 20     # of a long name; more is an attack or noise
+_SHOWN = 5                     # kinds of files that are named
 _GOOD = -1
 _ROW = np.dtype([('tar', np.int32), ('image_at', np.int64), ('image_size', np.int64), ('caption_at', np.int64),
                  ('caption_size', np.int64), ('caption_kind', np.int8), ('fault', np.int8)])
@@ -49,18 +53,22 @@ class WebDatasetSource:
     self.fingerprint = indexes.digest([indexes.RULES, len(self), [stamp[:2] for stamp in stamps]])
 
   def _build(self, stamps: list[tuple[str, int, str]]) -> indexes.Table:
-    tables = []
+    tables, aside = [], collections.Counter()
     for number, stamp in enumerate(tqdm.tqdm(stamps, 'indexing', unit=' tar', disable=None, leave=False)):
       table = indexes.stored(f'{self.spec.index}/tar-{indexes.digest(stamp[0])}', [indexes.RULES, stamp],
-                             lambda s=stamp: self._build_one(s))
+                             lambda s=stamp: self._build_one(s, aside))
       rows = np.array(table['rows'])
       rows['tar'] = number
       tables.append({**table, 'rows': rows})
+    if aside:
+      kinds = ', '.join(f'{count:,} {kind!r:.20}' for kind, count in aside.most_common(_SHOWN))
+      print(f'{self.spec.path}: left aside, as neither images ({", ".join(IMAGES)}) nor captions ({", ".join(_CAPTIONS)}) of a '
+            f'sample: {kinds}{", ..." * (len(aside) > _SHOWN)}', file=sys.stderr, flush=True)
     return indexes.joined(tables)
 
-  def _build_one(self, stamp: tuple[str, int, str]) -> indexes.Table:
+  def _build_one(self, stamp: tuple[str, int, str], aside: collections.Counter[str]) -> indexes.Table:
     with self._folder.open(stamp[0]) as file:
-      samples = list(_samples(walk(file, stamp[1])))
+      samples = list(_samples(walk(file, stamp[1]), aside))
     rows = np.array([(0, *row) for _, row in samples], _ROW) if samples else np.zeros(0, _ROW)
     return {'rows': rows, **indexes.pack([key for key, _ in samples])}
 
@@ -93,8 +101,11 @@ def _part(file: BinaryIO, at: int, size: int) -> bytes:
   return data
 
 
-def _samples(members: Iterator[Member]) -> Iterator[tuple[str, tuple[int, ...]]]:
-  """(key, row) in the order of the keys' first members; what is there twice or lacks a half is a row with a fault."""
+def _samples(members: Iterator[Member], aside: collections.Counter[str]) -> Iterator[tuple[str, tuple[int, ...]]]:
+  """(key, row) in the order of the keys' first members; what is there twice or lacks a half is a row with a fault.
+
+  What belongs to no sample is counted in `aside` by the end of its name: nothing else would say that it was there.
+  """
   groups: dict[str, dict[str, Member]] = {}
   faulty = []
   for member in members:
@@ -108,9 +119,14 @@ def _samples(members: Iterator[Member]) -> Iterator[tuple[str, tuple[int, ...]]]
           faulty.append((key, _row(fault='duplicate')))
       else:
         group[kind] = member
+    else:
+      hidden = os.path.basename(member.name).startswith('.')
+      aside['.*' if hidden else os.path.splitext(member.name)[1].lower()] += 1
   for key, group in groups.items():
-    if len(group) > 1 or (whole := _whole(key)) == key or whole not in groups:   # else KEY.mask.png of the sample KEY
+    if len(group) > 1 or (whole := _whole(key)) == key or whole not in groups:
       yield key, _sample(group)
+    else:   # KEY.mask.png of the sample KEY
+      aside[next(iter(group.values())).name[len(whole):].lower()] += 1
   yield from faulty
 
 
