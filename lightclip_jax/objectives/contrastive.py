@@ -119,8 +119,8 @@ def softened_contrastive_loss(
   hard, uniform = (_concrete(x) and float(x) == 0 for x in (alpha, beta))
   setting = _Setting(ring, target_source, duplicates, 'hard' if hard else 'uniform' if uniform else 'similarity')
   numbers = tuple(jnp.asarray(x, jnp.float32).reshape(()) for x in (logit_scale, alpha, beta, target_temperature))
-  embeddings = (image_embeddings_BxD.astype(jnp.float32), text_embeddings_BxD.astype(jnp.float32))
-  (forth, back), metrics = _loss(setting, *embeddings, duplicate_ids, *numbers)
+  data = image_embeddings_BxD.astype(jnp.float32), text_embeddings_BxD.astype(jnp.float32), duplicate_ids
+  (forth, back), metrics = _loss(setting, *ring.placed(data), *numbers)
   loss = (forth + back) / 2
   over_log = jax.lax.stop_gradient(loss) / jnp.log(float(max(batch, 2)))
   return loss, ContrastiveAux(forth, back, over_log, *metrics)
@@ -168,7 +168,7 @@ def _forward(setting, image_BxD, text_BxD, ids, scale, alpha, beta, temperature)
     empty = _Sums.zeros(rows.embedding.shape[0])
     sums = setting.ring.fold(block, _merge, rows, columns, empty, empty)
     targets = tuple(_targets(s, alpha, beta) for s in sums)
-    mean = [setting.ring.sum(jnp.sum(x)) / image_BxD.shape[0] for x in (
+    mean = [setting.ring.sum(jnp.sum(x, dtype=jnp.float32)) / image_BxD.shape[0] for x in (
       *map(_cross_entropy, sums, targets), *(s.right > s.wrong for s in sums), sums[0].copies > 1)]
     return targets, (tuple(mean[:2]), tuple(mean[2:]))
 
@@ -215,9 +215,9 @@ def _sides(setting: _Setting, image: jax.Array, text: jax.Array, ids: jax.Array 
 def _block(setting: _Setting, rows: _Side, columns: _Side) -> tuple[jax.Array, jax.Array, jax.Array, tuple[Any, ...]]:
   """One block's image-text cosines, the cosines of its targets in each direction, and its masks (all [r, c])."""
   cosine = dot(rows.embedding, columns.embedding.T)
-  row_c = column_c = cosine
+  row_c = column_c = jax.lax.stop_gradient(cosine)   # for who differentiates the gradient
   if rows.other is not None:
-    row_c, column_c = dot(rows.other, columns.embedding.T), dot(rows.embedding, columns.other.T)
+    row_c, column_c = jax.lax.stop_gradient((dot(rows.other, columns.embedding.T), dot(rows.embedding, columns.other.T)))
   same = rows.position[:, None] == columns.position[None, :]
   copy = same if rows.id is None else rows.id[:, None] == columns.id[None, :]
   own = copy if setting.duplicates == 'positive' else same

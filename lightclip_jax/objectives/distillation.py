@@ -62,8 +62,9 @@ def distillation_loss(
                     f'[B, E], B = {image_embeddings_BxD.shape[0]}')
   if not temperature > 0:
     raise UserError(f'temperature is {temperature}; it must be above 0')
-  arrays = (x.astype(jnp.float32) for x in (image_embeddings_BxD, text_embeddings_BxD, teacher_image_BxE, teacher_text_BxE))
-  forth, back = _loss((ring, 1 / temperature), *arrays, jnp.asarray(logit_scale, jnp.float32).reshape(()))
+  arrays = tuple(x.astype(jnp.float32)
+                 for x in (image_embeddings_BxD, text_embeddings_BxD, teacher_image_BxE, teacher_text_BxE))
+  forth, back = _loss((ring, 1 / temperature), *ring.placed(arrays), jnp.asarray(logit_scale, jnp.float32).reshape(()))
   return (forth + back) / 2, DistillationAux(forth, back)
 
 

@@ -24,7 +24,7 @@ def masked_lm_loss(logits_BxKxV: jax.Array, labels_BxK: jax.Array,
 
   Args:
     logits_BxKxV: any float type; computed in float32. labels_BxK: integer word ids.
-    weights_BxK: 1 for a masked position, 0 for filling; any non-negative numbers.
+    weights_BxK: 1 for a masked position, 0 for filling, whose label and logits may be anything; any non-negative numbers.
 
   Returns:
     (float32 scalar, MaskedLMAux); 0 where all weights are 0.
@@ -35,11 +35,12 @@ def masked_lm_loss(logits_BxKxV: jax.Array, labels_BxK: jax.Array,
   if jnp.ndim(logits_BxKxV) != 3 or not logits_BxKxV.shape[:2] == labels_BxK.shape == weights_BxK.shape:
     raise UserError(f'masked_lm_loss needs [B, K, V], [B, K] and [B, K]; logits have {jnp.shape(logits_BxKxV)}, '
                     f'labels {jnp.shape(labels_BxK)}, weights {jnp.shape(weights_BxK)}')
-  logits = logits_BxKxV.astype(jnp.float32)
   weights = weights_BxK.astype(jnp.float32)
-  label_logits = jnp.take_along_axis(logits, labels_BxK[..., None], axis=-1)[..., 0]
+  logits = jnp.where(weights[..., None] > 0, logits_BxKxV.astype(jnp.float32), 0.0)   # 0 times inf or NaN would be NaN
+  labels = jnp.where(weights > 0, labels_BxK, 0)   # filling is often -100
+  label_logits = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
   losses = jax.nn.logsumexp(logits, axis=-1) - label_logits
-  right = jnp.argmax(logits, axis=-1) == labels_BxK
+  right = jnp.argmax(logits, axis=-1) == labels
   total = jnp.sum(weights)
   safe = jnp.where(total > 0, total, 1.0)
   return jnp.sum(weights * losses) / safe, MaskedLMAux(jnp.sum(weights * right) / safe, total)

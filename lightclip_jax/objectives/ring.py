@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lightclip_jax.errors import UserError
 
@@ -55,10 +55,16 @@ class Ring:
 
   def check(self, batch: int, multiple: int = 1) -> None:
     """Raises UserError unless each device's share of `batch` is whole and a multiple of `multiple`."""
-    if batch % (self.size * multiple):
-      groups = f' in groups of {multiple}' if multiple > 1 else ''
+    if batch < 1 or batch % (self.size * multiple):
+      groups = f' in groups of {multiple} (group_size)' if multiple > 1 else ''
       raise UserError(f'a batch of {batch} cannot be shared by {self.size} devices{groups}; '
                       f'it must be a multiple of {self.size * multiple}')
+
+  def placed(self, tree: Any) -> Any:
+    """Where the mesh's axes are explicit, as `jax.make_mesh` makes them, `run` takes only what lies on them already."""
+    if self.mesh is None or AxisType.Explicit not in self.mesh.axis_types:
+      return tree
+    return jax.sharding.reshard(tree, NamedSharding(self.mesh, PartitionSpec(self.axes)))
 
   def run(self, f: Callable[[Any, Any], tuple[Any, Any]], sharded: Any, replicated: Any) -> tuple[Any, Any]:
     """`f(sharded, replicated)` on every device's share; returns (a sharded, a replicated) result like `f`."""

@@ -44,7 +44,8 @@ def sigmoid_contrastive_loss(
   if jnp.size(logit_bias) != 1:
     raise UserError(f'logit_bias has shape {jnp.shape(logit_bias)}; it must be a scalar')
   numbers = tuple(jnp.asarray(x, jnp.float32).reshape(()) for x in (logit_scale, logit_bias))
-  loss, top1 = _loss(ring, image_embeddings.astype(jnp.float32), text_embeddings.astype(jnp.float32), *numbers)
+  embeddings = ring.placed((image_embeddings.astype(jnp.float32), text_embeddings.astype(jnp.float32)))
+  loss, top1 = _loss(ring, *embeddings, *numbers)
   return loss, SigmoidAux(*top1)
 
 
@@ -61,10 +62,10 @@ def _forward(ring, image_BxD, text_BxD, scale, bias):
       return x[0] + y[0], *map(jnp.maximum, x[1:], y[1:])
 
     position = ring.positions(sharded[0].shape[0])
-    zero, never = jnp.zeros(position.shape), jnp.full(position.shape, -jnp.inf)
+    zero, never = jnp.zeros(position.shape, jnp.float32), jnp.full(position.shape, -jnp.inf, jnp.float32)
     empty = zero, never, never
     sums = ring.fold(block, merge, (sharded[0], position), (sharded[1], position), empty, empty)
-    mean = lambda x: ring.sum(jnp.sum(x)) / image_BxD.shape[0]  # noqa: E731
+    mean = lambda x: ring.sum(jnp.sum(x, dtype=jnp.float32)) / image_BxD.shape[0]  # noqa: E731
     return None, (mean(sums[0][0]), tuple(mean(right > wrong) for _, right, wrong in sums))
 
   _, result = ring.run(share, (image_BxD, text_BxD), (scale, bias))
@@ -87,7 +88,7 @@ def _backward(ring, residuals, cotangents):
     position = ring.positions(image.shape[0])
     zeros = jnp.zeros_like(image)
     (d_image, d_bias), d_text = ring.fold(
-      block, merge, (image, position), (text, position), (zeros, jnp.zeros(position.shape)), zeros)
+      block, merge, (image, position), (text, position), (zeros, zeros[:, 0]), zeros)
     return (numbers[0] * d_image, numbers[0] * d_text), (ring.sum(jnp.sum(image * d_image)), ring.sum(jnp.sum(d_bias)))
 
   (d_image, d_text), (d_scale, d_bias) = ring.run(

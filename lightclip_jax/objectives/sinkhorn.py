@@ -21,6 +21,7 @@ _NEVER = -1e30          # stands for -inf where inf - inf would be NaN
 _START = 0.2            # first temperature: a tenth of the largest cost of unit vectors
 _OVERSHOOT = 0.5        # over-relaxation of each update; 0 is none, 1 diverges
 _FAR = 4.0              # largest step of a potential that overshoots in full, so that far from the end none overflows
+_ABOVE_ALL = 20.0       # more than the logarithm of any entry of a plan, which is at most the number of items
 _SAFE_EXPONENT = 21.0   # K = exp(±21) and potentials as large stay within float32 in any product
 
 
@@ -33,8 +34,8 @@ def sinkhorn_plan(cost_xNxM: jax.Array, row_mask: jax.Array, col_mask: jax.Array
 
   Args:
     cost_xNxM: [..., N, M], any float type; computed in float32.
-    row_mask, col_mask: bool [..., N] and [..., M], valid items in any pattern; leading axes broadcast.
-    epsilon: temperature, in units of the cost. num_iterations: pairs of updates.
+    row_mask, col_mask: bool (or numbers) [..., N] and [..., M], valid items in any pattern; leading axes broadcast.
+    epsilon: temperature, in units of the cost. num_iterations: pairs of updates. Both are numbers that tracing knows.
     gradient: "envelope" holds the plan constant in the backward pass, which is exact for the converged objective;
       "unroll" differentiates through the iterations.
 
@@ -44,23 +45,34 @@ def sinkhorn_plan(cost_xNxM: jax.Array, row_mask: jax.Array, col_mask: jax.Array
   Raises:
     UserError: for shapes that do not fit, an unknown `gradient`, or epsilon or num_iterations that is not positive.
   """
-  _check(cost_xNxM, row_mask, col_mask, gradient, epsilon, num_iterations)
+  _check(cost_xNxM, row_mask, col_mask, gradient)
+  check_options(epsilon, num_iterations)
   cost = cost_xNxM.astype(jnp.float32)
   if gradient == 'envelope':
     cost = jax.lax.stop_gradient(cost)
-  rows = jnp.broadcast_to(row_mask, cost.shape[:-1])
-  cols = jnp.broadcast_to(col_mask, cost.shape[:-2] + cost.shape[-1:])
-  return solve(cost, rows, cols, epsilon, num_iterations, False)
+  rows = jnp.broadcast_to(row_mask, cost.shape[:-1]).astype(bool)
+  cols = jnp.broadcast_to(col_mask, cost.shape[:-2] + cost.shape[-1:]).astype(bool)
+  return solve(cost, rows, cols, float(epsilon), int(num_iterations), False)
 
 
-def _check(cost: jax.Array, rows: jax.Array, cols: jax.Array, gradient: str, epsilon: float,
-           num_iterations: int) -> None:
-  if jnp.ndim(cost) < 2 or jnp.shape(rows)[-1:] != cost.shape[-2:-1] or jnp.shape(cols)[-1:] != cost.shape[-1:]:
+def _check(cost: jax.Array, rows: jax.Array, cols: jax.Array, gradient: str) -> None:
+  *leading, n, m = jnp.shape(cost) if jnp.ndim(cost) >= 2 else (0, 0)
+  if jnp.ndim(cost) < 2 or not all(_fits(jnp.shape(mask), (*leading, size)) for mask, size in ((rows, n), (cols, m))):
     raise UserError(f'cost {jnp.shape(cost)} needs masks of its last two axes; '
                     f'row_mask has {jnp.shape(rows)}, col_mask {jnp.shape(cols)}')
   if gradient not in ('envelope', 'unroll'):
     raise UserError(f"gradient is {gradient!r}; it can be one of 'envelope', 'unroll'")
-  if not (epsilon > 0 and num_iterations >= 1):
+
+
+def _fits(mask: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+  """Whether a mask is as long as its axis, and its leading axes broadcast."""
+  pairs = zip(mask[-2::-1], shape[-2::-1], strict=False)
+  return mask[-1:] == shape[-1:] and len(mask) <= len(shape) and all(own in (1, size) for own, size in pairs)
+
+
+def check_options(epsilon: float, num_iterations: int) -> None:
+  """Raises UserError unless both are positive, and epsilon is finite."""
+  if not (0 < epsilon < math.inf and num_iterations >= 1):
     raise UserError(f'epsilon={epsilon}, num_iterations={num_iterations}; both must be positive')
 
 
@@ -99,6 +111,7 @@ def solve(cost_xNxM: jax.Array, rows_xN: jax.Array, cols_xM: jax.Array, epsilon:
   else:
     f, g = jax.lax.cond(reach <= _SAFE_EXPONENT, find(False), find(True))
   exponent = gain_xnxm / epsilon + f[..., :, None] + g[..., None, :]
+  exponent = jnp.minimum(exponent, _ABOVE_ALL)   # where epsilon is tiny, a logarithm rounds by more than float32 can hold
   plan_xnxm = jnp.where(valid_xnxm, jnp.exp(jnp.where(valid_xnxm, exponent, 0.0)), 0.0)
   return jnp.where(valid, _round(plan_xnxm, *masses)[..., :-1, :-1], 0.0)
 
@@ -157,10 +170,15 @@ def _potentials(domain: Callable[..., tuple[Callable, Callable]], gain_xnxm: jax
 
 
 def _stages(epsilon: float, num_iterations: int) -> list[tuple[float, int]]:
-  """(temperature, iterations): halves from about `_START` down to epsilon, where at least six tenths are spent."""
+  """(temperature, iterations): halves from about `_START` down to epsilon, where at least six tenths are spent.
+
+  Where the rest does not reach for one iteration each, the steps are fewer and larger.
+  """
   halvings = max(0, math.ceil(math.log2(_START / epsilon) - 1e-6))
-  each = int(0.4 * num_iterations) // max(halvings, 1)
-  cooling = [(epsilon * 2 ** k, each) for k in range(halvings, 0, -1)] if each else []
+  count = min(halvings, int(0.4 * num_iterations))
+  each = int(0.4 * num_iterations) // max(count, 1)
+  ratio = 2 if count == halvings else (_START / epsilon) ** (1 / max(count, 1))
+  cooling = [(epsilon * ratio ** k, each) for k in range(count, 0, -1)]
   return [*cooling, (epsilon, num_iterations - each * len(cooling))]
 
 

@@ -49,18 +49,19 @@ def token_matching_loss(
     (float32 scalar, TokenMatchingAux); 0 if no text has a word.
 
   Raises:
-    UserError: for shapes that do not fit, another kind, or groups that do not divide a device's share.
+    UserError: for shapes that do not fit, another kind, epsilon or iterations that are not positive, or groups that do not
+      divide a device's share.
   """
   ring = Ring.over(mesh, axes)
   if kind not in ('sinkhorn', 'max'):
     raise UserError(f"kind is {kind!r}; it must be 'sinkhorn' or 'max'")
-  _check(image_tokens_BxPxd, text_tokens_BxWxd, text_mask_BxW, logit_scale, group_size, ring)
+  _check(image_tokens_BxPxd, text_tokens_BxWxd, text_mask_BxW, logit_scale, group_size, epsilon, num_iterations, ring)
 
   def share(sharded: Any, _: None) -> tuple[Any, None]:
     fused = ring.mesh is not None or jax.device_count() == 1   # else the compiler might want to partition the kernel
     return _group_similarities(*sharded, group_size, kind, epsilon, num_iterations, fused), None
   tokens = image_tokens_BxPxd.astype(jnp.float32), text_tokens_BxWxd.astype(jnp.float32)
-  (*both_Bxg, plans_BxPxW), _ = ring.run(share, (*tokens, text_mask_BxW.astype(bool)), None)
+  (*both_Bxg, plans_BxPxW), _ = ring.run(share, ring.placed((*tokens, text_mask_BxW.astype(bool))), None)
   has_word = jnp.any(text_mask_BxW, axis=-1).reshape(-1, group_size)
   of_images, of_texts = (x.reshape(-1, group_size, group_size) for x in both_Bxg)
   losses, hits = zip(*(_contrast(jnp.asarray(logit_scale, jnp.float32).reshape(()) * x, has_word)
@@ -71,7 +72,8 @@ def token_matching_loss(
   return loss, TokenMatchingAux(plans_BxPxW, own, *(jnp.sum(hit) / count for hit in hits))
 
 
-def _check(image: jax.Array, text: jax.Array, mask: jax.Array, scale: Any, group_size: int, ring: Ring) -> None:
+def _check(image: jax.Array, text: jax.Array, mask: jax.Array, scale: Any, group_size: int,
+           epsilon: float, num_iterations: int, ring: Ring) -> None:
   shapes = [jnp.shape(x) for x in (image, text, mask)]
   if [len(s) for s in shapes] != [3, 3, 2] or image.shape[::2] != text.shape[::2] or text.shape[:2] != mask.shape:
     raise UserError('token_matching_loss needs image tokens [B, P, d], text tokens [B, W, d] and text mask [B, W]; '
@@ -80,6 +82,7 @@ def _check(image: jax.Array, text: jax.Array, mask: jax.Array, scale: Any, group
     raise UserError(f'logit_scale has shape {jnp.shape(scale)}; it must be a scalar')
   if group_size < 1:
     raise UserError(f'group_size is {group_size}; it must be at least 1')
+  sinkhorn.check_options(epsilon, num_iterations)
   ring.check(image.shape[0], group_size)
 
 

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from lightclip_jax.objectives import ring, sigmoid_contrastive_loss, softened_contrastive_loss
+from lightclip_jax.objectives import (
+    distillation_loss, ring, sigmoid_contrastive_loss, softened_contrastive_loss, token_matching_loss)
 
 D = 32
 PERMUTES = re.compile(r' collective-permute(?:-start)?\(')
@@ -268,6 +269,47 @@ def test_bad_input_is_named(message, change):
   args = dict(image=np.zeros((8, 32), np.float32), text=np.zeros((8, 32), np.float32), scale=1.0) | change
   with pytest.raises(ValueError, match=message):
     softened_contrastive_loss(args.pop('image'), args.pop('text'), args.pop('scale'), **args)
+
+
+@pytest.mark.parametrize('loss', [
+  functools.partial(softened_contrastive_loss, logit_scale=5.0, alpha=0.2, beta=0.5),
+  functools.partial(sigmoid_contrastive_loss, logit_scale=5.0, logit_bias=-3.0),
+  lambda *tokens, mesh=None: token_matching_loss(*(x[:, None] for x in tokens), np.ones((16, 1), bool), 5.0, group_size=2,
+                                                 mesh=mesh),
+  lambda *student, mesh=None: distillation_loss(*student, *student[::-1], 5.0, mesh=mesh),
+], ids=['softened', 'sigmoid', 'token matching', 'distillation'])
+def test_a_mesh_with_explicit_axes_takes_any_inputs(loss):
+  """`jax.make_mesh` makes such ones where it is not told."""
+  mesh, pair = make_mesh(8, kind=AxisType.Explicit), (reference.unit(0, 16, D), reference.unit(1, 16, D))
+  both = (jax.jit(jax.value_and_grad(lambda *x, m=m: loss(*x, mesh=m)[0], (0, 1)))(*pair) for m in (None, mesh))
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), *both)
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.float64])
+def test_sigmoid_is_float32_also_where_numbers_are_64_bits_wide(dtype):
+  with jax.enable_x64(True):
+    image, text = (jnp.asarray(reference.unit(seed, 16, D), dtype) for seed in (0, 1))
+    loss = lambda image: sigmoid_contrastive_loss(image, text, 5.0, -3.0, mesh=make_mesh(8))  # noqa: E731
+    (value, aux), grad = jax.jit(jax.value_and_grad(loss, has_aux=True))(image)
+    softened = softened_contrastive_loss(image, text, 5.0)[1]
+  assert {x.dtype for x in (value, *jax.tree.leaves((aux, softened)))} == {np.dtype('float32')} and grad.dtype == dtype
+
+
+def test_the_gradient_of_a_gradient_leaves_the_targets_alone():
+  image, text = map(jnp.asarray, (reference.unit(0, 8, D), reference.unit(1, 8, D)))
+
+  def plain(image):
+    logits, cosine = 5 * image @ text.T, jax.lax.stop_gradient(image @ text.T)
+    total = 0.0
+    for s, c in ((logits, cosine), (logits.T, cosine.T)):
+      w = jax.nn.softmax(jnp.where(jnp.eye(8, dtype=bool), -jnp.inf, c / 0.1), axis=1)
+      total -= ((0.7 * jnp.eye(8) + 0.3 * w) * jax.nn.log_softmax(s, axis=1)).sum() / 16
+    return total
+
+  ours = lambda image: softened_contrastive_loss(image, text, 5.0, alpha=0.3, beta=1.0, target_source='cross')[0]  # noqa: E731
+  along = jnp.asarray(reference.unit(2, 8, D))
+  first, second = (jax.jit(jax.grad(lambda x, f=f: (jax.grad(f)(x) * along).sum()))(image) for f in (ours, plain))
+  np.testing.assert_allclose(first, second, atol=1e-4 * np.abs(second).max())
 
 
 def test_sigmoid_names_a_bad_bias():

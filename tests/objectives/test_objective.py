@@ -182,6 +182,9 @@ def test_token_matching_finds_what_belongs_together():
   (r'8.*groups of 3', ((8, 6, 4), (8, 5, 4), (8, 5)), dict(group_size=3)),
   (r'8.*2 devices in groups of 8.*16', ((8, 6, 4), (8, 5, 4), (8, 5)),
    dict(group_size=8, mesh=make_mesh(2))),
+  (r'epsilon=0, num_iterations=20; both must be positive', ((8, 6, 4), (8, 5, 4), (8, 5)), dict(epsilon=0)),
+  (r'num_iterations=-3; both must be positive', ((8, 6, 4), (8, 5, 4), (8, 5)), dict(num_iterations=-3)),
+  (r'batch of 2 .*groups of 4 .group_size.', ((2, 6, 4), (2, 5, 4), (2, 5)), {}),
   (r'group_size is 0', ((8, 6, 4), (8, 5, 4), (8, 5)), dict(group_size=0)),
   (r"kind is 'mean'; it must be 'sinkhorn' or 'max'", ((8, 6, 4), (8, 5, 4), (8, 5)), dict(kind='mean')),
 ])
@@ -207,6 +210,17 @@ def test_masked_lm_without_a_masked_word_is_0():
   logits = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 5)), jnp.bfloat16)
   (loss, aux), grad = jax.value_and_grad(masked_lm_loss, has_aux=True)(logits, np.zeros((2, 3), int), np.zeros((2, 3)))
   assert loss == 0 and loss.dtype == jnp.float32 and aux.accuracy == 0 and (grad == 0).all()
+
+
+@pytest.mark.parametrize('label', [-100, 5])
+@pytest.mark.parametrize('logit', [0.0, np.inf, np.nan])
+def test_masked_lm_does_not_look_at_filling(label, logit):
+  logits, labels = np.random.default_rng(0).normal(size=(1, 3, 5)).astype(np.float32), np.array([[1, 2, 3]])
+  weights = np.array([[1, 1, 0]], np.float32)
+  wanted = masked_lm_loss(jnp.asarray(logits), labels, weights)[0]
+  logits[0, 2], labels[0, 2] = logit, label
+  (loss, _), grad = jax.value_and_grad(masked_lm_loss, has_aux=True)(jnp.asarray(logits), labels, weights)
+  assert loss == wanted and np.isfinite(grad).all()
 
 
 def test_masked_lm_names_bad_shapes():

@@ -82,6 +82,25 @@ def test_transposition_and_permutation(seed, epsilon):
   assert (plan[0] == 0).all()
 
 
+@pytest.mark.parametrize(('iterations', 'epsilon', 'gap'), [(20, 7e-4, 2e-3), (20, 1e-4, 0.03), (10, 0.01, 0.02)])
+def test_a_small_epsilon_is_cooled_to_in_fewer_and_larger_steps(iterations, epsilon, gap):
+  """Without any, the plans cost 0.04 to 0.12 more an item than the assignment."""
+  costs = np.random.default_rng(0).uniform(size=(64, 8, 5)).astype(np.float32)
+  plans = sinkhorn_plan(jnp.asarray(costs), jnp.ones(8, bool), jnp.ones(5, bool), epsilon=epsilon, num_iterations=iterations)
+  best = [cost[linear_sum_assignment(cost)].sum() for cost in costs]
+  assert np.mean((np.asarray(plans) * costs).sum((1, 2)) - best) / 5 < gap
+  temperatures, counts = zip(*sinkhorn._stages(epsilon, iterations), strict=True)
+  assert sum(counts) == iterations and temperatures[-1] == epsilon and sorted(temperatures, reverse=True) == list(temperatures)
+
+
+@pytest.mark.parametrize('epsilon', [1e-10, 1e-30])
+def test_a_tiny_epsilon_rounds_but_is_finite(epsilon):
+  costs = jnp.asarray(np.random.default_rng(0).uniform(size=(6, 4)), jnp.float32)
+  plan = sinkhorn_plan(costs, jnp.ones(6), jnp.ones(4, jnp.bfloat16), epsilon=epsilon)   # masks of numbers, too
+  assert np.isfinite(plan).all()
+  np.testing.assert_allclose(plan.sum(0), 1, atol=1e-5)
+
+
 def test_equal_costs_share_equally():
   plan = compiled()(*full(np.full((1, 6, 3), 0.7, np.float32)))
   np.testing.assert_allclose(plan, 1 / 6, rtol=1e-5)
@@ -176,6 +195,9 @@ def test_bfloat16_costs():
   (r'\(4, 3\).*\(3,\)', (np.zeros((4, 3)), np.ones(3, bool), np.ones(3, bool)), {}),
   (r"'exact'.*'unroll'", full(np.zeros((4, 3))), dict(gradient='exact')),
   (r'epsilon=0', full(np.zeros((4, 3))), dict(epsilon=0)),
+  (r'epsilon=inf', full(np.zeros((4, 3))), dict(epsilon=np.inf)),
+  (r'masks .*row_mask has \(3, 4\)', (np.zeros((2, 4, 3)), np.ones((3, 4)), np.ones(3)), {}),
+  (r'masks .*row_mask has \(1, 4\)', (np.zeros((4, 3)), np.ones((1, 4)), np.ones(3)), {}),
   (r'num_iterations=0', full(np.zeros((4, 3))), dict(num_iterations=0)),
 ])
 def test_bad_input_is_named(message, args, options):
