@@ -188,8 +188,8 @@ def ending_with_the_others() -> Iterator[None]:
     yield
   except (jax.errors.JaxRuntimeError, ValueError) as error:
     if str(error).startswith(_MEMORY):   # each start would end there again
-      raise UserError(f'the devices have too little memory ({str(error).splitlines()[0][:160]}); train.accumulate, mesh.fsdp or '
-                      'a smaller train.batch_size need less, and python -m lightclip_jax.plan says how much') from error
+      raise UserError(f'the devices have too little memory ({str(error).splitlines()[0][:160]}); train.accumulate, mesh.fsdp '
+                      'or a smaller train.batch_size need less, and python -m lightclip_jax.plan says how much') from error
     # Where a call fails at once, and not when its result is read, JAX raises the runtime's status as a ValueError.
     if jax.process_count() == 1 or not (isinstance(error, jax.errors.JaxRuntimeError) or _STATUS.match(str(error))):
       raise

@@ -3,13 +3,15 @@
 Orbax, ArrayRecord and JAX's compilation cache read and write gs:// themselves; what this project writes goes through
 `etils.epath`, whose paths have pathlib's methods.
 """
+import contextlib
 import errno
 import fcntl
+import functools
 import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import fsspec
@@ -87,23 +89,42 @@ def patiently(action: Callable[[], T]) -> T:
   return action()
 
 
-def lock(folder: pathlib.Path, reason: str) -> int:
-  """A descriptor of the folder, whose lock this process holds until it closes it, or dies, however it does.
+@contextlib.contextmanager
+def alone(folder: pathlib.Path, doing: str, flag: str, patient: bool = False) -> Iterator[None]:
+  """Makes the folder, in which no other process is `doing` the same meanwhile.
 
-  Disks that have no locks for folders (NFS) are not protected.
+  The system gives the lock back when this process dies, however it does. Disks that have no locks for folders (NFS) are not
+  protected.
+
+  Args:
+    folder: what is written.
+    doing: what another one does there, for the error: "trains in".
+    flag: the command's that names the folder.
+    patient: whether another one is waited for, as in `patiently`; it may just be ending.
 
   Raises:
-    BlockingIOError: where another process holds it, with the reason and the folder.
+    UserError: where another process goes on.
   """
+  folder.mkdir(parents=True, exist_ok=True)
   descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+  try:
+    take = functools.partial(_lock, descriptor, folder, doing)
+    try:
+      patiently(take) if patient else take()
+    except BlockingIOError as error:
+      raise UserError(f'another process {doing} {str(folder)!r}; wait for it, stop it, or use another {flag}') from error
+    yield
+  finally:
+    os.close(descriptor)
+
+
+def _lock(descriptor: int, folder: pathlib.Path, doing: str) -> None:
   try:
     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BlockingIOError as error:
-    os.close(descriptor)
-    raise BlockingIOError(error.errno, reason, str(folder)) from error
+    raise BlockingIOError(error.errno, f'another process {doing} this folder', str(folder)) from error
   except OSError:   # no such locks here
     pass
-  return descriptor
 
 
 def write_text(path: Path, text: str) -> None:

@@ -3,7 +3,6 @@
 Letters: N pictures, n pictures of a part, S image size, D embedding.
 """
 import concurrent.futures
-import contextlib
 import dataclasses
 import itertools
 import json
@@ -96,7 +95,7 @@ def update(folder: pathlib.Path, export: Export, out: pathlib.Path, workers: int
       process writes it.
   """
   found, bad = pictures.find(folder)
-  with _alone(out):
+  with storage.alone(out, 'indexes into', '--out'):   # two that did would delete each other's embeddings
     earlier = _earlier(folder, export, out)
     kept = {file: row for row, file in enumerate(earlier.files)} if earlier else {}
     hidden = tuple(os.path.join(path, '') for path, _, _ in bad)
@@ -118,20 +117,6 @@ def update(folder: pathlib.Path, export: Export, out: pathlib.Path, workers: int
           bad.pop(file, None)
         writer.add(files, vectors_nxD)
     return load(out), len(new) - sum(file in bad for file in new)
-
-
-@contextlib.contextmanager
-def _alone(out: pathlib.Path) -> Iterator[None]:
-  """Makes the folder, in which nobody else indexes meanwhile: two that did would delete each other's embeddings."""
-  out.mkdir(parents=True, exist_ok=True)
-  try:
-    descriptor = storage.lock(out, 'another process indexes into this folder')
-  except BlockingIOError as error:
-    raise UserError(f'another process indexes into {str(out)!r}; wait for it, or give another --out') from error
-  try:
-    yield
-  finally:
-    os.close(descriptor)
 
 
 def _earlier(folder: pathlib.Path, export: Export, out: pathlib.Path) -> Index | None:

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import operator
-import os
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -150,8 +149,8 @@ def check_model(model: config_lib.Model) -> None:
   Raises:
     UserError: naming the first that is not.
   """
-  _at_least(model, 1, 'image.size', 'embed_dim', 'token_dim', 'text.width', 'text.heads', 'text.depth', 'text.vocab_size', 'fusion.heads',
-            prefix='model.')
+  _at_least(model, 1, 'image.size', 'embed_dim', 'token_dim', 'text.width', 'text.heads', 'text.depth', 'text.vocab_size',
+            'fusion.heads', prefix='model.')
   _at_least(model, 2, 'text.context', prefix='model.')
   if not model.logit_scale_init > 0:
     raise UserError(f'model.logit_scale_init is {model.logit_scale_init}; it must be above 0')
@@ -273,15 +272,8 @@ def alone(workdir: storage.Path) -> Iterator[None]:
   if jax.process_index() > 0 or storage.in_bucket(workdir):   # process 0 holds it for all
     yield
     return
-  workdir.mkdir(parents=True, exist_ok=True)
-  try:
-    descriptor = storage.patiently(lambda: storage.lock(workdir, 'another process trains in this workdir'))
-  except BlockingIOError as error:
-    raise UserError(f'another process trains in {str(workdir)!r}; wait for it, stop it, or use another --workdir') from error
-  try:
+  with storage.alone(workdir, 'trains in', '--workdir', patient=True):
     yield
-  finally:
-    os.close(descriptor)
 
 
 def _differing(one: dict[str, Any], other: dict[str, Any], where: str, elsewhere: str) -> str:

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightclip_jax.data import transforms
+from lightclip_jax import storage
 from lightclip_jax.errors import UserError
 from lightclip_jax.search import __main__ as command
 from lightclip_jax.search import index, pictures, ranking, towers
@@ -142,7 +143,8 @@ def test_what_could_not_be_read_is_tried_again_and_a_hidden_folder_keeps_its_pic
 def test_one_run_at_a_time(export_folder, tmp_path):
   (tmp_path / 'pictures').mkdir()
   export, out = towers.Export(export_folder), tmp_path / 'index'
-  with index._alone(out), pytest.raises(UserError, match='another process indexes into .*index.; wait for it, or give another'):
+  with storage.alone(out, 'indexes into', '--out'), pytest.raises(
+      UserError, match="another process indexes into '.*index'; wait for it, stop it, or use another --out"):
     index.update(tmp_path / 'pictures', export, out)
   index.update(tmp_path / 'pictures', export, out)
   next(out.glob('*.npy')).unlink()

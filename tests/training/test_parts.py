@@ -209,7 +209,7 @@ def test_two_processes_do_not_train_in_one_workdir(tmp_path, monkeypatch, capsys
   with checks.alone(tmp_path):
     with pytest.raises(UserError, match='another process trains in'), checks.alone(tmp_path):
       raise AssertionError
-    assert capsys.readouterr().err.count(f'another process trains in this workdir: {str(tmp_path)!r}; tried again in 0') == 2
+    assert capsys.readouterr().err.count(f'another process trains in this folder: {str(tmp_path)!r}; tried again in 0') == 2
     assert cli.run(lambda: checks.alone(tmp_path).__enter__()) == 2
     said = f'\nerror: another process trains in {str(tmp_path)!r}; wait for it, stop it, or use another --workdir\n'
     assert capsys.readouterr().err.endswith(said)

@@ -70,7 +70,8 @@ class TableSource:
 
   def images(self) -> np.ndarray:
     """int64 [N]: the number of each row's image, in the order in which they appear; the whole table is read for it, once."""
-    return indexes.stored(f'{self.spec.index}-images', self._stamp, lambda: {'images': self._image_numbers()})['images']
+    stamp = [indexes.RULES, self._stamp]
+    return indexes.stored(f'{self.spec.index}-images', stamp, lambda: {'images': self._image_numbers()})['images']
 
   def _image_numbers(self) -> np.ndarray:
     sizes = tqdm.tqdm(np.diff(self._ends), 'reading paths', unit=' rows', disable=None, leave=False)
