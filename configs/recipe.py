@@ -67,7 +67,7 @@ EMOJI = replace(
 ICONS = replace(EMOJI, data=dict(dataset='icons'), train=dict(steps=40_000, batch_size=2048),
                 model=dict(text=dict(vocab_size=8192)))
 
-WEB = replace(   # softened, as the paper has it: what that does with captions of the web was not measured here
+WEB = replace(   # softened, as LightCLIP is: what that does with captions of the web was not measured here
     Config(),
     model=dict(compute_dtype='bfloat16', text=dict(vocab_size=32_768)),
     data=dict(max_masked=12),
