@@ -36,11 +36,12 @@ def masked_lm_loss(logits_BxKxV: jax.Array, labels_BxK: jax.Array,
     raise UserError(f'masked_lm_loss needs [B, K, V], [B, K] and [B, K]; logits have {jnp.shape(logits_BxKxV)}, '
                     f'labels {jnp.shape(labels_BxK)}, weights {jnp.shape(weights_BxK)}')
   weights = weights_BxK.astype(jnp.float32)
-  logits = jnp.where(weights[..., None] > 0, logits_BxKxV.astype(jnp.float32), 0.0)   # 0 times inf or NaN would be NaN
-  labels = jnp.where(weights > 0, labels_BxK, 0)   # filling is often -100
+  counts = weights != 0   # NaN does, and makes the gradient NaN too
+  logits = jnp.where(counts[..., None], logits_BxKxV.astype(jnp.float32), 0.0)   # 0 times inf or NaN would be NaN
+  labels = jnp.where(counts, labels_BxK, 0)   # filling is often -100
   label_logits = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
   losses = jax.nn.logsumexp(logits, axis=-1) - label_logits
   right = jnp.argmax(logits, axis=-1) == labels
   total = jnp.sum(weights)
-  safe = jnp.where(total > 0, total, 1.0)
+  safe = jnp.where(total == 0, 1.0, total)
   return jnp.sum(weights * losses) / safe, MaskedLMAux(jnp.sum(weights * right) / safe, total)
