@@ -110,7 +110,7 @@ def identity(size: str, tower: str, where: str, options: Options) -> str:
 
 
 def machine(cores: int) -> str:
-  """The processor, and how many of its cores a run has. Its family and model too: virtual machines call many processors alike."""
+  """The processor, and how many of its cores a run has. Its family and model too: virtual machines call many alike."""
   text = pathlib.Path('/proc/cpuinfo').read_text() if sys.platform == 'linux' else ''
   said = {name.strip(): value.strip() for name, _, value in (line.partition(':') for line in text.splitlines())}
   kind = f' ({said["cpu family"]}.{said["model"]})' if {'cpu family', 'model'} <= said.keys() else ''

@@ -3,6 +3,7 @@ import argparse
 import functools
 import os
 import pathlib
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 
@@ -29,6 +30,18 @@ def _describe(out: pathlib.Path) -> None:
   made = manifest.load(out)
   counts = (f'{name} {split.count:,}' for name, split in made.splits.items())
   print(f'{out}: {made.name}, {made.image_size} px, {len(made.concepts):,} concepts;', ', '.join(counts))
+  print('train with', shlex.join(_options_for(out, made)))
+
+
+def _options_for(out: pathlib.Path, made: manifest.Manifest) -> list[str]:
+  """What a config must say of a prepared folder: its words are often fewer than asked for, and its splits its own."""
+  words, splits = tokenizers.load(out / made.tokenizer), tuple(name for name in made.splits if name != 'train')
+  options = {'data.dataset': out, 'model.text.vocab_size': words.vocab_size}
+  if words.end_id != configs.TextTower().end_id:
+    options['model.text.end_id'] = words.end_id
+  if splits != configs.Evaluation().splits:
+    options['evaluation.splits'] = '(' + ''.join(f'"{name}",' for name in splits or ('train',)) + ')'
+  return [f'--config.{name}={value}' for name, value in options.items()]
 
 
 def _built_in_flags(parser: argparse.ArgumentParser) -> None:

@@ -3,6 +3,7 @@ import os
 import pathlib
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -256,6 +257,18 @@ def test_gke_applies_a_valid_job_set_and_follows_it(launch, tmp_path):
   assert pod['volumes'][0]['persistentVolumeClaim']['claimName'] == 'share'
   assert container['volumeMounts'][0]['mountPath'] == '/mnt/share'
   assert [call[1] for call in calls] == ['apply', 'get', 'wait', 'logs']
+
+
+def test_the_image_holds_what_the_job_set_runs(launch, tmp_path):
+  copied = re.findall(r'^COPY (\S+) (\S+)$', (LAUNCH / 'gke/Dockerfile').read_text(), re.MULTILINE)
+  for source, place in copied:
+    path = LAUNCH.parent / source
+    shutil.copytree(path, tmp_path / place) if path.is_dir() else shutil.copy(path, tmp_path / place)
+  text = launch('gke/run.sh', *GKE, '--dry-run', '--', *FLAGS)[0].stdout.split('\nkubectl apply', 1)[0]
+  command = [sys.executable, *check_job_set(text)[2]['command'][1:]]
+  flags = ['--config=configs/mbv2.py:quickstart', f'--workdir={tmp_path}/run', '--config.train.batch_size=0']
+  done = subprocess.run([*command, *flags], cwd=tmp_path, env={**os.environ, 'JAX_PLATFORMS': 'cpu'}, capture_output=True, text=True)
+  assert done.returncode == 2 and done.stderr.startswith('error: train.batch_size is 0;') and len(copied) == 3
 
 
 def test_gke_waits_until_there_is_a_pod_to_wait_for(launch):

@@ -99,7 +99,8 @@ def test_main_memory_is_told_from_fast_memory():
   assert hlo.main_memory_bytes(PLACED) == convert + copied + cut + loop + fusion
 
 
-@pytest.mark.parametrize('branches', ['branch_computations={%cheap, %dear}', 'true_computation=%dear, false_computation=%cheap'])
+@pytest.mark.parametrize('branches', ['branch_computations={%cheap, %dear}',
+                                      'true_computation=%dear, false_computation=%cheap'])
 def test_of_a_conditional_the_dearest_branch_moves(branches):
   branch = '%{} (p: f32[8]) -> f32[8] {{\n  %p = f32[8]{{0}} parameter(0)\n  ROOT %n = f32[8]{} negate(%p)\n}}\n\n'
   both = branch.format('dear', '{0}') + branch.format('cheap', '{0:S(1)}')

@@ -38,7 +38,10 @@ def test_colours_as_pillow(name, enhance, amount):
 def test_moves_as_pillow(amount):
   image, (x, y) = PIL.Image.fromarray(IMAGE), (39.5, 29.5)
   shear, angle = 0.3 * amount, 30 * amount
-  affine = lambda *inverse: image.transform(image.size, PIL.Image.Transform.AFFINE, inverse, PIL.Image.Resampling.BILINEAR)  # noqa: E731
+
+  def affine(*inverse):
+    return image.transform(image.size, PIL.Image.Transform.AFFINE, inverse, PIL.Image.Resampling.BILINEAR)
+
   expected = {
       'rotate': image.rotate(-angle, PIL.Image.Resampling.BILINEAR),   # Pillow turns to the left
       'shear_x': affine(1, -shear, shear * (y + 0.5), 0, 1, 0), 'shear_y': affine(1, 0, 0, -shear, 1, shear * (x + 0.5)),

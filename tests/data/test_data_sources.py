@@ -365,8 +365,9 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     return real(path)
 
   monkeypatch.setattr(os, 'scandir', scandir)
+  said = f"^cannot read the folder '{tmp_path}/images': Permission denied; make it readable, or"
   for kind in ('folder', 'webdataset', 'parquet'):
-    with pytest.raises(UserError, match=f"^cannot read the folder '{tmp_path}/images': Permission denied; make it readable, or"):
+    with pytest.raises(UserError, match=said):
       sources.SOURCES[kind](sources.Spec(kind, str(tmp_path), index=str(tmp_path / 'index')))
 
 

@@ -73,8 +73,9 @@ def test_a_scene_has_its_things_in_their_cells_and_words_at_their_places(records
 
 
 def test_scenes_are_the_same_for_a_seed_and_others_for_another(records, tokenizer):
-  make = lambda seed: [s.caption for s in scenes.compose(records, tokenizer, size=24, context=48, count=9, seed=seed)]  # noqa: E731
-  assert make(1) == make(1) != make(2)
+  def captions(seed):
+    return [scene.caption for scene in scenes.compose(records, tokenizer, size=24, context=48, count=9, seed=seed)]
+  assert captions(1) == captions(1) != captions(2)
 
 
 def test_a_short_context_leaves_things_out_and_never_cuts_a_word(records, tokenizer):
