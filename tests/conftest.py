@@ -16,5 +16,6 @@ os.environ.setdefault('LIGHTCLIP_DATA', str(pathlib.Path(tempfile.gettempdir()) 
 import jax  # noqa: E402  (the flags above must be set first)
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
-jax.config.update('jax_compilation_cache_dir', os.path.join(tempfile.gettempdir(), 'lightclip_jax_test_cache'))
+jax.config.update('jax_compilation_cache_dir', os.path.join(tempfile.gettempdir(), 'lightclip_jax_tests_compiled'))
+jax.config.update('jax_compilation_cache_max_size', 16 * 2**30)   # with a bound, JAX locks it: several processes read and write
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
