@@ -274,12 +274,12 @@ def load(spec: str, overrides: typing.Mapping[str, str] | None = None) -> Config
   file, _, variant = spec.partition(':')
   get_config = _get_config_of(pathlib.Path(file))
   values = get_config(variant) if variant else get_config()
-  for key, text in (overrides or {}).items():
-    kind = check_key(key)
-    if dataclasses.is_dataclass(kind) and kind is not Schedule:   # as a whole it would reset what is not named
-      raise UserError(f'config.{key} is {text}, but it has parts ({", ".join(f.name for f in dataclasses.fields(kind))}); '
-                      f'give them one by one, as config.{key}.{dataclasses.fields(kind)[0].name}=…')
-    with values.unlocked(), values.ignore_type():   # `from_dict` checks types, and says more
+  with values.unlocked(), values.ignore_type():   # `from_dict` checks types, and says more
+    for key, text in (overrides or {}).items():
+      kind = check_key(key)
+      if dataclasses.is_dataclass(kind) and kind is not Schedule:   # as a whole it would reset what is not named
+        raise UserError(f'config.{key} is {text}, but it has parts ({", ".join(f.name for f in dataclasses.fields(kind))}); '
+                        f'give them one by one, as config.{key}.{dataclasses.fields(kind)[0].name}=…')
       try:
         values.update_from_flattened_dict({key: _literal(text)})
       except KeyError as error:   # of a section that an override before has made a value

@@ -3,10 +3,12 @@ import os
 import pathlib
 import tempfile
 
+import compiling
+
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = ' '.join((
     os.environ.get('XLA_FLAGS', ''), '--xla_force_host_platform_device_count=8',
-    '--xla_backend_optimization_level=0',   # most of a test's time is compiling; test_run.py's runs are as a user's
+    compiling.QUICKLY,
     '--xla_cpu_collective_call_terminate_timeout_seconds=300',   # not 40: slow machines
     # One order of work on all devices: collectives that start in another order on each wait for each other for ever.
     '--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED'))

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 
+import compiling
 import jax
 import numpy as np
 import pytest
@@ -41,7 +42,7 @@ def together(*command, **variables):
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
     address = f'127.0.0.1:{free.getsockname()[1]}'
-  environment = {**os.environ, 'XLA_FLAGS': '--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0',
+  environment = {**os.environ, 'XLA_FLAGS': f'--xla_force_host_platform_device_count=2 {compiling.QUICKLY}',
                  'JAX_NUM_PROCESSES': '2', 'JAX_COORDINATOR_ADDRESS': address, **variables}
   start = functools.partial(subprocess.Popen, [sys.executable, *command], text=True, cwd=HERE.parents[1],
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -11,7 +11,10 @@ from tiny import TINY  # noqa: E402  (the path above must be set first)
 
 from lightclip_jax import config as config_lib  # noqa: E402
 from lightclip_jax import sharding  # noqa: E402
+from lightclip_jax.training import step  # noqa: E402
 from lightclip_jax.training.step import Trainer  # noqa: E402
+
+step.INITIAL_OPTIONS.clear()   # its one run is compiled as quickly as all else
 
 
 @pytest.fixture(scope='module')

@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 
+import compiling
 import numpy as np
 import pytest
 from tiny import TINY
@@ -24,7 +25,7 @@ CONFIG = pathlib.Path(__file__).with_name('tiny_config.py')
 
 
 def run(module, *arguments):
-  environment = os.environ | {'XLA_FLAGS': '--xla_backend_optimization_level=0', 'PYTHONWARNINGS': 'ignore'}
+  environment = os.environ | {'XLA_FLAGS': compiling.QUICKLY, 'PYTHONWARNINGS': 'ignore'}
   return subprocess.run([sys.executable, '-m', f'lightclip_jax.{module}', *arguments], cwd=ROOT, env=environment,
                         capture_output=True, text=True, timeout=1800)
 

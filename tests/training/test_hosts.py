@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import compiling
 import jax
 import numpy as np
 import pytest
@@ -109,7 +110,7 @@ def test_two_processes_train_as_one_and_survive_a_loss(tmp_path, monkeypatch):
   workdir = tmp_path / 'two processes'
   command = ['bash', str(ROOT / 'launch' / 'local_multihost.sh'), '2', f'--config={config}:{tmp_path}',
              f'--workdir={workdir}', '--config.mesh.fsdp=2']
-  environment = os.environ | {'XLA_FLAGS': '--xla_backend_optimization_level=0', 'PYTHONWARNINGS': 'ignore',
+  environment = os.environ | {'XLA_FLAGS': compiling.QUICKLY, 'PYTHONWARNINGS': 'ignore',
                               'PYTHON': sys.executable, 'JAX_COMPILATION_CACHE_DIR': str(tmp_path / 'cache')}
   options = dict(cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
   for number, step in ((signal.SIGSTOP, 6), (signal.SIGKILL, 10)):
