@@ -2,7 +2,7 @@
 
 COMMAND   python -m lightclip_jax.main --config=configs/rn18.py:VARIANT --workdir=DIR
 VARIANT     hardware                      reaches
-quickstart  1 CPU core, 27 busy minutes   held-out style: concept top-1 13.2 %, 9-group 50.6 %; held-out images: top-1 37.6 % (softened)
+quickstart  1 slow CPU core, 41 minutes   held-out style: concept top-1 12.0 %, 9-group 53.4 %; held-out images: top-1 36.7 %
 laptop      1 CPU core, 46 minutes        held-out style: concept top-1 19.3 %, 9-group 56.7 %; held-out images: top-1 46.5 %
 emoji       one GPU (the default)         not yet run
 icons       one GPU                       not yet run
