@@ -65,7 +65,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.slow
 def test_two_processes_agree_with_one(folder):
-  outputs = together(__file__, str(folder), PYTHONPATH=os.pathsep.join([str(HERE.parents[1]), str(HERE)]))
+  outputs = together(__file__, str(folder), PYTHONPATH=os.pathsep.join([str(HERE.parents[1]), str(HERE.parent), str(HERE)]))
   expected = measure(folder, 64)
   for output in outputs:
     assert json.loads(output.splitlines()[-1]) == expected
