@@ -24,24 +24,25 @@ def _built_in(name: str, args: argparse.Namespace) -> None:
   if (made.name, made.image_size) != (name, args.size):
     raise UserError(f'{str(args.out)!r} holds {made.name!r} at {made.image_size} px; delete it or give another --out')
   _describe(args.out)
+  _say_options(args.out)
 
 
 def _describe(out: pathlib.Path) -> None:
   made = manifest.load(out)
   counts = (f'{name} {split.count:,}' for name, split in made.splits.items())
   print(f'{out}: {made.name}, {made.image_size} px, {len(made.concepts):,} concepts;', ', '.join(counts))
-  print('train with', shlex.join(_options_for(out, made)))
 
 
-def _options_for(out: pathlib.Path, made: manifest.Manifest) -> list[str]:
+def _say_options(out: pathlib.Path) -> None:
   """What a config must say of a prepared folder: its words are often fewer than asked for, and its splits its own."""
+  made = manifest.load(out)
   words, splits = tokenizers.load(out / made.tokenizer), tuple(name for name in made.splits if name != 'train')
   options = {'data.dataset': out, 'model.text.vocab_size': words.vocab_size}
   if words.end_id != configs.TextTower().end_id:
     options['model.text.end_id'] = words.end_id
   if splits != configs.Evaluation().splits:
     options['evaluation.splits'] = '(' + ''.join(f'"{name}",' for name in splits or ('train',)) + ')'
-  return [f'--config.{name}={value}' for name, value in options.items()]
+  print('train with', shlex.join(f'--config.{name}={value}' for name, value in options.items()))
 
 
 def _built_in_flags(parser: argparse.ArgumentParser) -> None:
@@ -56,6 +57,7 @@ def _convert(kind: str, args: argparse.Namespace) -> None:
   convert.convert(about, args.out, options, args.processes or os.cpu_count() or 1)
   _describe(args.out)
   print((args.out / convert.SUMMARY_FILE).read_text(encoding='utf-8'), end='')
+  _say_options(args.out)
 
 
 def _data_options(args: argparse.Namespace) -> configs.Data:

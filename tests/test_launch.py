@@ -267,7 +267,8 @@ def test_the_image_holds_what_the_job_set_runs(launch, tmp_path):
   text = launch('gke/run.sh', *GKE, '--dry-run', '--', *FLAGS)[0].stdout.split('\nkubectl apply', 1)[0]
   command = [sys.executable, *check_job_set(text)[2]['command'][1:]]
   flags = ['--config=configs/mbv2.py:quickstart', f'--workdir={tmp_path}/run', '--config.train.batch_size=0']
-  done = subprocess.run([*command, *flags], cwd=tmp_path, env={**os.environ, 'JAX_PLATFORMS': 'cpu'}, capture_output=True, text=True)
+  done = subprocess.run([*command, *flags], cwd=tmp_path, env=os.environ | {'JAX_PLATFORMS': 'cpu'}, capture_output=True,
+                        text=True)
   assert done.returncode == 2 and done.stderr.startswith('error: train.batch_size is 0;') and len(copied) == 3
 
 

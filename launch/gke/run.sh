@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Trains on a TPU slice of a GKE cluster with the JobSet controller; applies jobset.yaml.j2 and follows process 0's log.
+# Dockerfile, beside it, makes the image.
 #   launch/gke/run.sh --name=clip --image=REGION-docker.pkg.dev/PROJECT/REPO/lightclip --accelerator=tpu-v5-lite-podslice \
 #     --topology=16x16 --claim=share -- --config=configs/mbv2.py:yfcc15m --workdir=/mnt/share/run \
 #     --config.data.dataset=/mnt/share/yfcc15m

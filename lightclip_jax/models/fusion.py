@@ -45,7 +45,10 @@ class Fusion(nn.Module):
                        for stage, block in self.fusion.stages]
 
   def __call__(self, blocks_done: int, hidden_BxWxC: jax.Array, stages: tuple[jax.Array, ...]) -> jax.Array:
-    """Hidden state after text block `blocks_done`, with what belongs there added; W: positions; after the last, those read."""
+    """The hidden state after text block `blocks_done`, with what belongs there added.
+
+    W: positions; after the last block, those that are read.
+    """
     for injection, (stage, block) in zip(self.injections, self.fusion.stages, strict=True):
       if block == blocks_done:
         hidden_BxWxC = injection(hidden_BxWxC, _pool_to(stages[stage - 1], stages[-1].shape[1:3]))

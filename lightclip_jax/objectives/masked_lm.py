@@ -36,7 +36,7 @@ def masked_lm_loss(logits_BxKxV: jax.Array, labels_BxK: jax.Array,
     raise UserError(f'masked_lm_loss needs [B, K, V], [B, K] and [B, K]; logits have {jnp.shape(logits_BxKxV)}, '
                     f'labels {jnp.shape(labels_BxK)}, weights {jnp.shape(weights_BxK)}')
   weights = weights_BxK.astype(jnp.float32)
-  counts = weights != 0   # NaN does, and makes the gradient NaN too
+  counts = weights != 0   # one that is NaN does count, and so makes the gradient NaN, not the loss alone
   logits = jnp.where(counts[..., None], logits_BxKxV.astype(jnp.float32), 0.0)   # 0 times inf or NaN would be NaN
   labels = jnp.where(counts, labels_BxK, 0)   # filling is often -100
   label_logits = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]

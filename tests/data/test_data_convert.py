@@ -67,8 +67,8 @@ def test_what_is_kept_and_what_is_counted(tmp_path, capsys):
     assert line in said and line in (out / 'summary.txt').read_text()
   words = pipeline.load_tokenizer(out).vocab_size   # 80 were asked for
   assert words < 80
-  assert (f"\ntrain with --config.data.dataset={out} --config.model.text.vocab_size={words} "
-          "'--config.evaluation.splits=(\"heldout\",)'\n") in said
+  assert said.endswith(f"\ntrain with --config.data.dataset={out} --config.model.text.vocab_size={words} "
+                       "'--config.evaluation.splits=(\"heldout\",)'\n")
   assert transforms.decode((out / 'contact_sheet.jpg').read_bytes()).shape == (768, 768, 3)
   assert sorted(file.suffix for file in out.iterdir()) == sorted(
       ['.json', '.model', '.txt', '.jpg', *['.array_record'] * sum(len(s.shards) for s in made.splits.values())])

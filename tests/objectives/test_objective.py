@@ -223,6 +223,14 @@ def test_masked_lm_does_not_look_at_filling(label, logit):
   assert loss == wanted and np.isfinite(grad).all()
 
 
+@pytest.mark.parametrize('weight', [np.nan, np.inf])
+def test_a_bad_weight_of_masked_lm_is_seen_in_the_loss_and_in_the_gradient(weight):
+  logits, labels = np.random.default_rng(0).normal(size=(1, 3, 5)).astype(np.float32), np.array([[1, 2, 3]])
+  weights = np.array([[1, weight, 0]], np.float32)
+  (loss, _), grad = jax.value_and_grad(masked_lm_loss, has_aux=True)(jnp.asarray(logits), labels, weights)
+  assert not np.isfinite(loss) and not np.isfinite(grad).all()
+
+
 def test_masked_lm_names_bad_shapes():
   with pytest.raises(ValueError, match=r'\(2, 3, 5\).*\(2, 4\)'):
     masked_lm_loss(np.zeros((2, 3, 5)), np.zeros((2, 4), int), np.zeros((2, 4)))
