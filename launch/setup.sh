@@ -19,8 +19,8 @@ accelerator() {
 }
 
 python=${PYTHON:-python3}
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
-  echo "error: $("$python" --version 2>&1) is too old; Python 3.11 or newer is needed (set PYTHON=…)" >&2
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || {
+  echo "error: '$python' is $("$python" --version 2>/dev/null || echo 'nothing that runs'); Python 3.11 or newer is needed (set PYTHON=…)" >&2
   exit 2
 }
 ACCELERATOR=${ACCELERATOR:-$(accelerator)}

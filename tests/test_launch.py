@@ -169,6 +169,18 @@ def test_jax_is_installed_for_what_is_said(tmp_path):
   assert done.returncode == 2 and "'gpu'; it can be cuda13, cuda12, tpu or cpu" in done.stderr and len(installed) == 2
 
 
+@pytest.mark.parametrize('program, part', [
+    ('', "/other' is nothing that runs"), ('#!/usr/bin/env bash\nexit 127', "/other' is nothing that runs"),
+    ('#!/usr/bin/env bash\n[ "$1" = --version ] && echo Python 3.9.2', "/other' is Python 3.9.2")])
+def test_a_python_that_cannot_be_used_is_named(tmp_path, program, part):
+  if program:
+    (tmp_path / 'other').write_text(program)
+    (tmp_path / 'other').chmod(0o755)
+  done, installed = set_up(tmp_path, PYTHON=str(tmp_path / 'other'))
+  assert done.returncode == 2 and done.stderr.count('\n') == 1 and part in done.stderr and not installed
+  assert 'Python 3.11 or newer is needed' in done.stderr
+
+
 @pytest.mark.parametrize('script, arguments, part', [
     ('tpu_pod.sh', ['--zone=z', '--', 'x'], '--name'), ('tpu_pod.sh', ['--name=a', '--zone=z', '--', 'x'], '--type'),
     ('tpu_pod.sh', POD, 'after --'), ('tpu_pod.sh', ['--sopt'], '--sopt'), ('slurm.sbatch', [], 'usage'),
