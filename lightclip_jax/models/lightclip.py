@@ -5,6 +5,7 @@ positions, V vocabulary, C text width.
 """
 import functools
 import math
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -85,7 +86,7 @@ class LightCLIP(nn.Module):
 
   def __call__(self, images_BxHxWx3: jax.Array, tokens_BxW: jax.Array, *, masked_tokens_BxW: jax.Array | None = None,
                masked_positions_BxK: jax.Array | None = None, token_heads: bool = False, train: bool = False,
-               example_index_B: jax.Array | None = None) -> Outputs:
+               locked: Collection[str] = (), example_index_B: jax.Array | None = None) -> Outputs:
     """Both towers, and the training-only heads that are asked for.
 
     Args:
@@ -94,13 +95,15 @@ class LightCLIP(nn.Module):
       masked_tokens_BxW: int32, the text with words masked; with masked_positions_BxK (int32) it gives masked-LM logits.
       token_heads: whether to compute image and text tokens for the matching.
       train: group statistics in BatchNorm (sown into `group_statistics`), and dropout (`rngs={'dropout': key}`).
+      locked: of 'image' and 'text', the towers that work as at inference all the same (LiT, arXiv:2111.07991).
       example_index_B: int32, each example's index in the global batch; dropout masks depend on it and the key alone,
         so that a micro-batch gets the masks it would get in the whole batch. None: 0, 1, 2, …
 
     Raises:
       UserError: for more positions than the context, or a batch that the BatchNorm groups do not divide (training).
     """
-    image = self.image_features(images_BxHxWx3, train, example_index_B)
+    image = self.image_features(images_BxHxWx3, train and 'image' not in locked, example_index_B)
+    train = train and 'text' not in locked
     if masked_tokens_BxW is None:
       text_end, text_BxWxC = self.text(tokens_BxW, token_heads, train=train, example_index=example_index_B)
       logits = None

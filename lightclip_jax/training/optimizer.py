@@ -89,6 +89,14 @@ def stop_frozen(params: Any, pattern: str) -> Any:
                       frozen_labels(params, pattern))
 
 
+def locked_towers(params: Any, pattern: str) -> list[str]:
+  """Of 'image' and 'text', the towers that stay as they are whole."""
+  if not pattern:
+    return []
+  labels = frozen_labels(params, pattern)
+  return [tower for tower in ('image', 'text') if set(jax.tree.leaves(labels[tower])) == {'frozen'}]
+
+
 def frozen_labels(params: Any, pattern: str) -> Any:
   """'frozen' for the parameters whose path the regular expression finds, 'trained' for the others.
 

@@ -167,7 +167,7 @@ class Trainer:
     updates, optimizer_state = self.optimizer.update(gradients, state.optimizer, state.params, gradient_norm=gradient_norm)
     params = optax.apply_updates(state.params, updates)
     batch_stats = state.batch_stats
-    if batch_stats:
+    if statistics:   # not where the image tower has no BatchNorm, or is locked
       batch_stats = norm.update_running_statistics(batch_stats, statistics, self.config.model.batch_norm_momentum)
     return state_lib.TrainState(state.step, params, batch_stats, optimizer_state, self._average(state, params))
 
@@ -206,7 +206,7 @@ class Trainer:
     outputs, updates = self.model.apply(
         {'params': params, 'batch_stats': state.batch_stats}, batch.image, batch.tokens, **masked,
         token_heads=self.objective.needs_tokens, train=True, example_index_B=index,
-        rngs={'dropout': dropout}, mutable=['group_statistics'])
+        locked=optimizer_lib.locked_towers(params, self.config.optimizer.freeze), rngs={'dropout': dropout}, mutable=['group_statistics'])
     return outputs, updates.get('group_statistics', {})
 
   def _average(self, state: state_lib.TrainState, params: Any) -> Any:

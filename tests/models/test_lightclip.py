@@ -179,6 +179,23 @@ def test_fusion_that_does_not_fit_is_named(changes, words):
   assert all(word in str(error.value) for word in words), error.value
 
 
+def test_a_locked_tower_drops_nothing_out():
+  model = small(image=dict(drop_path=0.5), text=dict(dropout=0.5))
+  variables = lightclip.init_variables(model, jax.random.key(0))
+
+  @jax.jit
+  def embeddings(*inputs):
+    options = dict(rngs={'dropout': jax.random.key(1)}, train=True)
+    return [lightclip.LightCLIP(model).apply(variables, *inputs, **more)
+            for more in ({}, {**options, 'locked': ['image']}, {**options, 'locked': ['text']})]
+
+  inference, image, text = embeddings(*batch()[:2])
+  for same, other in ((image.image_embedding, text.image_embedding), (text.text_embedding, image.text_embedding)):
+    wanted = inference.image_embedding if same is image.image_embedding else inference.text_embedding
+    np.testing.assert_allclose(same, wanted, atol=1e-6)
+    assert np.abs(other - wanted).max(-1).min() > 1e-2, 'every example is dropped out of'
+
+
 @pytest.mark.slow
 def test_training_sows_statistics_of_each_group():
   model = small(image=dict(name='mobilenet_v2', width=0.25))

@@ -56,10 +56,11 @@ def test_towers_of_others_frozen_and_a_teacher(tmp_path):
   assert done.returncode == 0, done.stderr
   assert "image tower from '" in done.stdout and f'{len(named)} tensors matched' in done.stdout
 
-  params = checkpoint.load(tmp_path / 'run').variables['params']
-  for tower, wanted in (('image', file), ('text', old)):
-    for path, array in _flat(wanted['params'][tower]):
-      np.testing.assert_array_equal(dict(_flat(params[tower]))[path], array, err_msg=str(path))
+  params, statistics = (checkpoint.load(tmp_path / 'run').variables[kind] for kind in ('params', 'batch_stats'))
+  for ours, wanted in ((params['image'], file['params']['image']), (params['text'], old['params']['text']),
+                       (statistics, file['batch_stats'])):
+    for path, array in _flat(wanted):
+      np.testing.assert_array_equal(dict(_flat(ours))[path], array, err_msg=str(path))
   assert np.abs(params['image_projection']['kernel']).max() > 0
   rows = [json.loads(line) for line in (tmp_path / 'run/metrics.jsonl').read_text().splitlines()]
   losses = [row['train/loss_distillation'] for row in rows if 'train/loss_distillation' in row]

@@ -141,6 +141,16 @@ def test_what_is_frozen_has_no_backward_pass(trainer_of, accumulate):
   assert flops[0] < 0.7 * flops[1]
 
 
+def test_a_frozen_tower_works_as_at_inference_where_it_is_frozen_whole(trainer_of):
+  config, mesh = trainer_of(1).config, trainer_of(1).mesh
+
+  def statistics(freeze):
+    trainer = Trainer.create(config_lib.replace(config, optimizer=dict(freeze=freeze)), mesh)
+    assert jax.tree.structure(jax.eval_shape(trainer.step, *_abstract(trainer)[1:])[0]) == jax.tree.structure(_abstract(trainer)[1])
+    return jax.tree.leaves(jax.eval_shape(trainer.loss, *_abstract(trainer))[1][1])
+  assert not statistics('^image/') and statistics('^image/stem') and statistics('^text/')
+
+
 def test_a_teacher_is_in_the_batch_where_it_is_needed_and_in_no_micro_batch(trainer_of):
   plain = trainer_of(1, 4)
   trainer = Trainer.create(config_lib.replace(plain.config, objective=TEACHER), plain.mesh)
