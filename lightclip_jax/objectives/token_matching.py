@@ -67,7 +67,7 @@ def token_matching_loss(
   losses, hits = zip(*(_contrast(jnp.asarray(logit_scale, jnp.float32).reshape(()) * x, has_word)
                        for x in (of_images, of_texts.swapaxes(1, 2))), strict=True)
   count = jnp.maximum(jnp.sum(has_word, dtype=jnp.float32), 1.0)
-  own = jnp.diagonal(jax.lax.stop_gradient((of_images + of_texts) / 2), axis1=1, axis2=2).reshape(-1)
+  own = jnp.einsum('nii->ni', jax.lax.stop_gradient((of_images + of_texts) / 2)).reshape(-1)
   loss = sum(map(jnp.sum, losses)) / (2 * count)
   return loss, TokenMatchingAux(plans_BxPxW, own, *(jnp.sum(hit) / count for hit in hits))
 
@@ -121,7 +121,7 @@ def _best_patches(cosine_xPxW: jax.Array, words_xW: jax.Array) -> jax.Array:
 
 def _contrast(logits_Gxgxg: jax.Array, has_word_Gxg: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Cross-entropy [G, g] of each row with its own column, and whether that is its best; 0 for pairs left out."""
-  own = jnp.diagonal(logits_Gxgxg, axis1=1, axis2=2)
+  own = jnp.einsum('nii->ni', logits_Gxgxg)   # with axes that are explicit, a diagonal has no gradient
   counted = has_word_Gxg[:, None, :]
   other = counted & ~jnp.eye(logits_Gxgxg.shape[-1], dtype=bool)[None]
   norm = jax.nn.logsumexp(jnp.where(counted, logits_Gxgxg, -1e30), axis=-1)
