@@ -52,8 +52,9 @@ def test_bfloat16_kernel_gradient_is_summed_in_float32():
 
 @pytest.mark.parametrize('height, width, size, stride, channels', [
     (8, 8, 3, 2, 3), (9, 6, 3, 2, 3), (5, 7, 3, 1, 3), (16, 15, 7, 2, 3),
-    (1, 1, 3, 1, 5), (2, 2, 3, 1, 5), (3, 2, 3, 2, 5), (6, 5, 3, 2, 5)])
-def test_a_convolution_of_patches_and_its_gradients_are_xlas(height, width, size, stride, channels):
+    (1, 1, 3, 1, 5), (2, 2, 3, 1, 5), (3, 2, 3, 2, 5), (6, 5, 3, 2, 5),
+    (4, 9, 3, 1, 5), (8, 7, 3, 2, 5), (9, 8, 5, 1, 5), (15, 16, 7, 2, 5)])
+def test_a_convolution_and_its_gradients_are_xlas(height, width, size, stride, channels):
   x = jax.random.normal(jax.random.key(0), (2, height, width, channels))
   kernel = jax.random.normal(jax.random.key(1), (size, size, channels, 4))
   weights = jax.random.normal(jax.random.key(2), (2, -(-height // stride), -(-width // stride), 4))
@@ -72,6 +73,14 @@ def test_only_cpus_get_a_convolution_of_patches(side, channels):
   traced = jax.jit(lambda x, k: convolution.conv(x, k, 2)).trace(jnp.ones((2, side, side, channels)), kernel)
   assert 'convolution' in traced.lower(lowering_platforms=('tpu',)).as_text()
   assert 'convolution' not in traced.lower(lowering_platforms=('cpu',)).as_text()
+
+
+def test_only_cpus_get_the_kernels_gradient_as_products():
+  kernel = jnp.ones((3, 3, 8, 4))
+  traced = jax.jit(jax.grad(lambda x, k: jnp.sum(convolution.conv(x, k, 1) ** 2), (0, 1))).trace(jnp.ones((2, 8, 8, 8)), kernel)
+  counts = [[traced.lower(lowering_platforms=(platform,)).as_text().count(f'stablehlo.{name}')
+             for name in ('convolution', 'dot_general')] for platform in ('tpu', 'cpu')]
+  assert counts == [[3, 0], [2, 9]]
 
 
 def test_only_cpus_get_shifted_maps_for_the_maximum():
