@@ -20,7 +20,9 @@ accelerator() {
 
 python=${PYTHON:-python3}
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || {
-  echo "error: '$python' is $("$python" --version 2>/dev/null || echo 'nothing that runs'); Python 3.11 or newer is needed (set PYTHON=…)" >&2
+  version='import platform; print("Python " + platform.python_version())'
+  found=$("$python" -c "$version" 2>/dev/null || echo 'nothing that runs')
+  echo "error: '$python' is $found; Python 3.11 or newer is needed (set PYTHON=…)" >&2
   exit 2
 }
 ACCELERATOR=${ACCELERATOR:-$(accelerator)}

@@ -2,5 +2,5 @@
 from importlib import metadata
 
 QUICKLY = '--xla_backend_optimization_level=0'
-if metadata.version('jaxlib').startswith('0.10.'):   # XLA ends at a flag that it does not know, and 0.11's has only these emitters
+if metadata.version('jaxlib').startswith('0.10.'):   # XLA ends at a flag that it does not know, as 0.11's does
   QUICKLY += ' --xla_cpu_use_fusion_emitters=false'

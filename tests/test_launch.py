@@ -171,7 +171,8 @@ def test_jax_is_installed_for_what_is_said(tmp_path):
 
 @pytest.mark.parametrize('program, part', [
     ('', "/other' is nothing that runs"), ('#!/usr/bin/env bash\nexit 127', "/other' is nothing that runs"),
-    ('#!/usr/bin/env bash\n[ "$1" = --version ] && echo Python 3.9.2', "/other' is Python 3.9.2")])
+    ('#!/usr/bin/env bash\n[ "$1" = --version ] && echo Python 3.11.7', "/other' is nothing that runs"),   # without its library
+    ('#!/usr/bin/env bash\n[[ "$2" == *platform* ]] && echo Python 2.7.18', "/other' is Python 2.7.18")])
 def test_a_python_that_cannot_be_used_is_named(tmp_path, program, part):
   if program:
     (tmp_path / 'other').write_text(program)

@@ -37,7 +37,7 @@ def _conv(x_BxHxWxC: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
 
 def _conv_of_patches(x_BxHxWxC: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
   """The convolution as one matrix product: of few channels XLA:CPU's own takes 2.6 times as long, to 2×2 up to 48 times."""
-  taps = _taps(x_BxHxWxC, kernel.shape[0], stride)
+  taps = _shifted_maps(x_BxHxWxC, kernel.shape[0], stride)
   return products.dense(jnp.concatenate(taps, axis=-1), kernel.reshape(-1, kernel.shape[-1]))
 
 
@@ -56,19 +56,19 @@ def _conv_with_taps_backward(stride: int, residuals: tuple[jax.Array, jax.Array]
   return _conv_gradients(*residuals, gradient, stride)
 
 
-@functools.partial(jax.jit, static_argnames='stride')
+@functools.partial(jax.jit, static_argnames='stride')   # here and below: traced once for each shape, of which blocks share many
 def _conv_gradients(x: jax.Array, kernel: jax.Array, gradient: jax.Array, stride: int) -> tuple[jax.Array, jax.Array]:
   dx, = jax.linear_transpose(lambda x: _conv(x, kernel, stride), x)(gradient)
   gradient_NxD = gradient.reshape(-1, gradient.shape[-1])
   taps = [lax.dot_general(tap.reshape(-1, tap.shape[-1]), gradient_NxD, (((0,), (0,)), ((), ())),
-                          preferred_element_type=jnp.float32) for tap in _taps(x, kernel.shape[0], stride)]
+                          preferred_element_type=jnp.float32) for tap in _shifted_maps(x, kernel.shape[0], stride)]
   return dx, jnp.stack(taps).reshape(kernel.shape).astype(kernel.dtype)
 
 
 _conv_with_taps.defvjp(_conv_with_taps_forward, _conv_with_taps_backward)
 
 
-def _taps(x: jax.Array, size: int, stride: int) -> list[jax.Array]:
+def _shifted_maps(x: jax.Array, size: int, stride: int) -> list[jax.Array]:
   """What each of the size² numbers of a kernel is multiplied with: [B, ⌈H/stride⌉, ⌈W/stride⌉, C]."""
   (height, width), half = x.shape[1:3], size // 2
   padded = jnp.pad(x, ((0, 0), (half, half), (half, half), (0, 0)))
@@ -150,7 +150,7 @@ def _shifted_conv_backward(stride: int, residuals: tuple[jax.Array, jax.Array],
   return products.unfused(functools.partial(_shifted_gradients, stride=stride), residuals[1], *residuals, gradient)
 
 
-@functools.partial(jax.jit, static_argnames='stride')   # here and below: traced once for each shape, of which blocks share many
+@functools.partial(jax.jit, static_argnames='stride')
 def _shifted_gradients(padded: jax.Array, kernel: jax.Array, gradient: jax.Array,
                        stride: int) -> tuple[jax.Array, jax.Array]:
   dx, = jax.vjp(lambda x: _shifted_sum(x, kernel, stride), padded)[1](gradient)

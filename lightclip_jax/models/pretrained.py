@@ -77,27 +77,32 @@ def restore_partially(source: Variables, variables: Variables, pattern: str,
   """New variables: those of `source` (one of our own checkpoints) whose path matches the regular expression.
 
   Args:
+    pattern: of the paths of parameters; BatchNorm's running statistics go with the parameters beside them, without which a
+      frozen tower would be another one.
     vocabulary: as for `text_tower`; the masked-language-model head's bias goes with the token embedding.
 
   Raises:
     UserError: if the pattern is no regular expression, nothing matches, or a shape does not fit.
   """
   try:
-    re.compile(pattern)
+    expression = re.compile(pattern)
   except re.error as error:
     raise UserError(f'config.init.checkpoint_pattern {pattern!r} is no regular expression: {error}') from error
+  def wanted(path: str) -> bool:
+    return bool(expression.search(path) or expression.search(path.replace('batch_stats/', 'params/', 1)))
+
   report, flat, theirs = Report(), _flatten(variables), _flatten(source)
   try:
     for path, array in theirs.items():
-      if re.search(pattern, path) and path not in flat:
+      if wanted(path) and path not in flat:
         report.unused.append(path)
-      elif re.search(pattern, path):
+      elif wanted(path):
         flat[path] = _fitted(path, array, flat[path], report, vocabulary)
   except UserError as error:
     raise UserError(f'the checkpoint does not fit: {error}; config.init.checkpoint_pattern can leave it out') from error
   if not report.matched + report.resized:
     raise UserError(f'no parameter of the checkpoint matches {pattern!r}; they are named like {next(iter(theirs))!r}')
-  report.missing = [path for path in flat if re.search(pattern, path) and path not in theirs]
+  report.missing = [path for path in flat if wanted(path) and path not in theirs]
   return _unflatten(flat), report
 
 

@@ -206,7 +206,8 @@ class Trainer:
     outputs, updates = self.model.apply(
         {'params': params, 'batch_stats': state.batch_stats}, batch.image, batch.tokens, **masked,
         token_heads=self.objective.needs_tokens, train=True, example_index_B=index,
-        locked=optimizer_lib.locked_towers(params, self.config.optimizer.freeze), rngs={'dropout': dropout}, mutable=['group_statistics'])
+        locked=optimizer_lib.locked_towers(params, self.config.optimizer.freeze),
+        rngs={'dropout': dropout}, mutable=['group_statistics'])
     return outputs, updates.get('group_statistics', {})
 
   def _average(self, state: state_lib.TrainState, params: Any) -> Any:

@@ -43,11 +43,12 @@ def test_depthwise_of_an_infinite_kernel_is_not_hidden():
   assert not np.isfinite(convolution.depthwise_conv(jnp.ones((1, 4, 4, 2)), kernel, 1)).any()
 
 
-def test_bfloat16_kernel_gradient_is_summed_in_float32():
+@pytest.mark.parametrize('conv, inputs', [(convolution.shifted_conv, 1), (convolution.conv, 8)])
+def test_bfloat16_kernel_gradient_is_summed_in_float32(conv, inputs):
   x = jnp.ones((16, 16, 16, 8), jnp.bfloat16)
-  gradient = jax.grad(lambda k: jnp.sum(convolution.shifted_conv(x, k, 1).astype(jnp.float32)))(
-      jnp.ones((3, 3, 1, 8), jnp.bfloat16))
-  np.testing.assert_array_equal(gradient[1, 1, 0].astype(jnp.float32), 16.0 ** 3)
+  gradient = jax.grad(lambda k: jnp.sum(conv(x, k, 1).astype(jnp.float32)))(jnp.ones((3, 3, inputs, 8), jnp.bfloat16))
+  assert gradient.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(gradient[1, 1].astype(jnp.float32), 16.0 ** 3)
 
 
 @pytest.mark.parametrize('height, width, size, stride, channels', [

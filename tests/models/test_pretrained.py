@@ -101,6 +101,15 @@ def test_parts_of_our_own_checkpoints():
     pretrained.restore_partially(theirs, ours, '(')
 
 
+@pytest.mark.parametrize('pattern, image', [('^params/image/', 3), ('/image/', 3), ('^batch_stats/', 3), ('^params/text/', 0)])
+def test_running_statistics_go_with_their_parameters(pattern, image):
+  def variables(number):
+    layer = {'norm': {'scale': np.full(2, number)}}
+    return {'params': {'image': layer, 'text': layer}, 'batch_stats': {'image': {'norm': {'mean': np.full(2, number)}}}}
+  new, report = pretrained.restore_partially(variables(3), variables(0), pattern)
+  assert new['batch_stats']['image']['norm']['mean'].tolist() == [image] * 2 and not report.missing
+
+
 def test_a_checkpoint_of_another_vocabulary():
   ours, theirs = vit(), vit()
   theirs['params']['text']['token_embedding']['embedding'] = RNG.normal(size=(3, 4))
