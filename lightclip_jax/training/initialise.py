@@ -11,6 +11,7 @@ from lightclip_jax import config as config_lib
 from lightclip_jax import storage
 from lightclip_jax.inference import checkpoint
 from lightclip_jax.models import pretrained
+from lightclip_jax.training import optimizer
 from lightclip_jax.training.state import TrainState
 
 
@@ -20,15 +21,23 @@ def initialise(config: config_lib.Config, state: TrainState) -> tuple[TrainState
   Raises:
     UserError: for a file that cannot be read or does not fit the towers.
   """
+  warnings = _frozen_at_random(config, state.params)
   if not any((config.init.checkpoint, config.init.image, config.init.text)):
-    return state, []
+    return state, warnings
   old = {'params': state.params, 'batch_stats': state.batch_stats}
   whole = jax.tree.map(_whole, old)
   variables, lines = _apply(config, whole)
   placed = jax.tree.map(lambda new, was, leaf: leaf if new is was else jax.device_put(np.asarray(new), leaf.sharding),
                         variables, whole, old)
   ema = None if state.ema is None else jax.tree.map(jnp.copy, placed['params'])
-  return dataclasses.replace(state, **placed, ema=ema), lines
+  return dataclasses.replace(state, **placed, ema=ema), lines + warnings
+
+
+def _frozen_at_random(config: config_lib.Config, params: Any) -> list[str]:
+  given = {'image': config.init.image, 'text': config.init.text}
+  return [f'config.optimizer.freeze keeps the {tower} tower as it is drawn at random; config.init.{tower} or '
+          'config.init.checkpoint gives it weights' for tower in optimizer.locked_towers(params, config.optimizer.freeze)
+          if not (given[tower] or config.init.checkpoint)]
 
 
 def _whole(leaf: jax.Array) -> Any:

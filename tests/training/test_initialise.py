@@ -84,3 +84,15 @@ def test_a_state_starts_from_a_file(monkeypatch):
   monkeypatch.undo()
   with pytest.raises(UserError, match="there is no weight file 'clip.pth'"):
     initialise.check(config, state)
+
+
+@pytest.mark.parametrize('init, said', [
+    ({}, ['image']), (dict(image='a.pth'), []), (dict(text='a.pth'), ['image']), (dict(checkpoint='old'), [])])
+def test_a_tower_frozen_as_it_was_drawn_is_named(monkeypatch, init, said):
+  monkeypatch.setattr(initialise, '_apply', lambda config, variables: (variables, ['from a file']))
+  config = config_lib.replace(TINY, optimizer=dict(freeze='^image/'), init=init)
+  _, lines = initialise.initialise(config, TrainState(jnp.zeros((), jnp.int32), PARAMS, {}, {}, None))
+  warnings = [line for line in lines if 'at random' in line]
+  assert len(warnings) == len(said)
+  for tower, line in zip(said, warnings, strict=True):
+    assert f'keeps the {tower} tower' in line and f'config.init.{tower} or' in line
