@@ -1,5 +1,7 @@
 """What a fresh run starts from, where that is not chance: towers of others, or parts of an earlier run."""
 import dataclasses
+import operator
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -16,28 +18,29 @@ from lightclip_jax.training.state import TrainState
 
 
 def initialise(config: config_lib.Config, state: TrainState) -> tuple[TrainState, list[str]]:
-  """The state with what `config.init` names put in, in the order checkpoint, image, text; and a report, line by line.
+  """The state with what `config.init` names put in, in the order checkpoint, image, text; and a report, line by line, which also
+  names the towers that stay frozen as they were drawn.
 
   Raises:
     UserError: for a file that cannot be read or does not fit the towers.
   """
-  warnings = _frozen_at_random(config, state.params)
+  locked = optimizer.locked_towers(state.params, config.optimizer.freeze)
   if not any((config.init.checkpoint, config.init.image, config.init.text)):
-    return state, warnings
+    return state, _as_drawn(locked)
   old = {'params': state.params, 'batch_stats': state.batch_stats}
   whole = jax.tree.map(_whole, old)
   variables, lines = _apply(config, whole)
   placed = jax.tree.map(lambda new, was, leaf: leaf if new is was else jax.device_put(np.asarray(new), leaf.sharding),
                         variables, whole, old)
   ema = None if state.ema is None else jax.tree.map(jnp.copy, placed['params'])
-  return dataclasses.replace(state, **placed, ema=ema), lines + warnings
+  untouched = jax.tree.map(operator.is_, variables['params'], whole['params'])
+  return dataclasses.replace(state, **placed, ema=ema), lines + _as_drawn(
+      tower for tower in locked if all(jax.tree.leaves(untouched[tower])))
 
 
-def _frozen_at_random(config: config_lib.Config, params: Any) -> list[str]:
-  given = {'image': config.init.image, 'text': config.init.text}
+def _as_drawn(towers: Iterable[str]) -> list[str]:
   return [f'config.optimizer.freeze keeps the {tower} tower as it is drawn at random; config.init.{tower} or '
-          'config.init.checkpoint gives it weights' for tower in optimizer.locked_towers(params, config.optimizer.freeze)
-          if not (given[tower] or config.init.checkpoint)]
+          'config.init.checkpoint gives it weights' for tower in towers]
 
 
 def _whole(leaf: jax.Array) -> Any:

@@ -1,5 +1,6 @@
 """Frozen parameters stay as they are, and a fresh state starts from what the config names."""
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -86,13 +87,13 @@ def test_a_state_starts_from_a_file(monkeypatch):
     initialise.check(config, state)
 
 
-@pytest.mark.parametrize('init, said', [
-    ({}, ['image']), (dict(image='a.pth'), []), (dict(text='a.pth'), ['image']), (dict(checkpoint='old'), [])])
-def test_a_tower_frozen_as_it_was_drawn_is_named(monkeypatch, init, said):
-  monkeypatch.setattr(initialise, '_apply', lambda config, variables: (variables, ['from a file']))
+@pytest.mark.parametrize('pattern, said', [(None, ['image']), ('^params/text/', ['image']), ('^params/', [])])
+def test_a_tower_frozen_as_it_was_drawn_is_named(monkeypatch, pattern, said):
+  theirs = {'params': jax.tree.map(lambda x: x + 1, PARAMS), 'batch_stats': {}}
+  monkeypatch.setattr(initialise.checkpoint, 'load', lambda path: types.SimpleNamespace(variables=theirs))
+  init = dict(checkpoint='old', checkpoint_pattern=pattern) if pattern else {}
   config = config_lib.replace(TINY, optimizer=dict(freeze='^image/'), init=init)
-  _, lines = initialise.initialise(config, TrainState(jnp.zeros((), jnp.int32), PARAMS, {}, {}, None))
-  warnings = [line for line in lines if 'at random' in line]
-  assert len(warnings) == len(said)
-  for tower, line in zip(said, warnings, strict=True):
-    assert f'keeps the {tower} tower' in line and f'config.init.{tower} or' in line
+  new, lines = initialise.initialise(config, TrainState(jnp.zeros((), jnp.int32), PARAMS, {}, {}, None))
+  assert (new.params['image']['bias'][0] == 1) == bool(said)
+  assert [line.split(' tower')[0] for line in lines if 'at random' in line] == [
+      f'config.optimizer.freeze keeps the {tower}' for tower in said]
