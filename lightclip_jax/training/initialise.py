@@ -18,8 +18,8 @@ from lightclip_jax.training.state import TrainState
 
 
 def initialise(config: config_lib.Config, state: TrainState) -> tuple[TrainState, list[str]]:
-  """The state with what `config.init` names put in, in the order checkpoint, image, text; and a report, line by line, which also
-  names the towers that stay frozen as they were drawn.
+  """The state with what `config.init` names put in, in the order checkpoint, image, text; and a report, line by line, which
+  also names the towers that stay frozen as they were drawn.
 
   Raises:
     UserError: for a file that cannot be read or does not fit the towers.
