@@ -3,9 +3,7 @@ import contextlib
 import dataclasses
 import json
 import os
-import pathlib
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -15,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import workers
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lightclip_jax import config as config_lib
@@ -108,8 +107,8 @@ def test_who_waits_in_vain_says_so(monkeypatch, capsys):
 
 def test_one_process_needs_nobody(capsys):
   assert distributed.agree(3, True, False) == (True, False)
-  distributed.say(socket.__name__)
-  assert capsys.readouterr().out == 'socket\n'
+  distributed.say('alone')
+  assert capsys.readouterr().out == 'alone\n'
   with distributed.first_alone('x'), pytest.raises(jax.errors.JaxRuntimeError):
     with distributed.ending_with_the_others():
       raise jax.errors.JaxRuntimeError('its own failure')
@@ -234,23 +233,17 @@ def work():
 @pytest.mark.slow
 @pytest.mark.parametrize('lost', [0, 1])
 def test_a_process_ends_soon_after_another_is_killed(lost):
-  with socket.socket() as free:
-    free.bind(('127.0.0.1', 0))
-    address = f'127.0.0.1:{free.getsockname()[1]}'
-  common = {**os.environ, 'XLA_FLAGS': '', 'JAX_COORDINATOR_ADDRESS': address, 'JAX_NUM_PROCESSES': '2',
-            'PYTHONPATH': str(pathlib.Path(__file__).parents[1])}
-  workers = [subprocess.Popen([sys.executable, __file__], env=common | {'JAX_PROCESS_ID': str(i)}, text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE) for i in range(2)]
+  both = workers.start(__file__)
   try:
-    said = [[line for line, _ in zip(iter(worker.stdout.readline, ''), range(6), strict=False)] for worker in workers]
+    said = [[line for line, _ in zip(iter(worker.stdout.readline, ''), range(6), strict=False)] for worker in both]
     assert ['one voice\n' in lines for lines in said] == [True, False] and all('working 2.0\n' in lines for lines in said)
-    workers[lost].send_signal(signal.SIGKILL)
+    both[lost].send_signal(signal.SIGKILL)
     start = time.monotonic()
-    said = workers[1 - lost].communicate(timeout=120)[1]
-    assert time.monotonic() - start < 60 and workers[1 - lost].returncode != 0
+    said = both[1 - lost].communicate(timeout=120)[1]
+    assert time.monotonic() - start < 60 and both[1 - lost].returncode != 0
     assert 'lost another process' in said or 'another task died' in said, said
   finally:
-    for worker in workers:
+    for worker in both:
       worker.kill()
       worker.communicate()
 

@@ -15,7 +15,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
@@ -26,6 +26,8 @@ from lightclip_jax.errors import UserError
 from lightclip_jax.inference.checkpoint import RUN, SCORE, STATE, score
 from lightclip_jax.training import checksum
 from lightclip_jax.training.state import TrainState
+
+T = TypeVar('T')
 
 # Devices with copies of one array share the work of writing it, if each one's part is so large. Orbax's own default cuts every
 # array, and compiles the cut for each of their shapes: 22 s on 8 devices before the first save.
@@ -54,11 +56,8 @@ class Checkpointer:
     self._config, self._workdir = config, workdir
     self._saving = self._saved = self._bytes = 0   # the steps of the newest save and of the newest whole one; its arrays' size
     self._failures, self._again = 0, math.inf      # in a row, and when the next attempt is due
-    arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_SHARED_FROM)
-    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
-    self._manager = ocp.CheckpointManager(
-        storage.absolute(workdir / 'checkpoints'), options=_options(config, self._note_history),
-        item_handlers={STATE: ocp.PyTreeCheckpointHandler(type_handler_registry=registry), RUN: ocp.JsonCheckpointHandler()})
+    self._manager = ocp.CheckpointManager(storage.absolute(workdir / 'checkpoints'), item_handlers=_handlers(),
+                                          options=_options(config, self._note_history))
     self._last_save = time.monotonic()
 
   def due(self, step: int) -> bool:
@@ -160,25 +159,19 @@ class Checkpointer:
                     'another --workdir')
 
   def _restore(self, step: int, like: TrainState) -> tuple[tuple[TrainState, RunState] | None, str]:
-    """A checkpoint, or why it is not whole."""
-    item, said, found = _as_dict(like), '', None
-    how = ocp.args.PyTreeRestore(item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item))
-    try:
-      read = functools.partial(self._read, step, ocp.args.Composite(**{STATE: how, RUN: ocp.args.JsonRestore()}))
-      restored = read() if jax.process_count() > 1 else storage.patiently(read)   # each process reads as often as the others
-      run = _unsealed(restored[RUN], restored[STATE])
-      found = TrainState(**{'ema': None, 'batch_stats': {}, **restored[STATE]}), run
-    except jax.errors.JaxRuntimeError:   # a device or another process is lost, which says nothing of the checkpoint
-      raise
-    except Exception as error:  # noqa: BLE001 (damage makes its readers raise anything)
-      if isinstance(error, OSError) and (storage.passes(error) or error.errno in (errno.EACCES, errno.EPERM)):
-        raise   # storage does not answer, which says nothing of the checkpoint either
-      said = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
-    return (None, said or 'another process cannot read it') if any(distributed.agree(0, found is None)) else (found, '')
+    """A checkpoint, or why it is not whole. Each process reads its own part, and waits for no other before it has."""
+    read, said = _agreed(lambda: storage.patiently(lambda: self._read(step, _as_dict(like))))
+    if read is None:
+      return None, said
+    state, values = read
+    return _agreed(lambda: (TrainState(**{'ema': None, 'batch_stats': {}, **state}), _checked(values, state)))
 
-  def _read(self, step: int, args: ocp.args.Composite) -> Any:
-    with self._failures_by_name():
-      return self._manager.restore(step, args=args)
+  def _read(self, step: int, item: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The state, and the JSON half as it was sealed."""
+    how = ocp.args.PyTreeRestore(item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item))
+    with self._failures_by_name(), _reader() as reader:
+      read = reader.restore(self._manager.directory / str(step), ocp.args.Composite(**{STATE: how, RUN: ocp.args.JsonRestore()}))
+      return read[STATE], _unsealed(read[RUN])
 
   def _keep_aside(self, damaged: Mapping[int, str]) -> None:
     for step, said in damaged.items():
@@ -250,6 +243,35 @@ def _code_of(error: OSError | ValueError) -> int | None:
   return code if 'writing' in text else None
 
 
+def _handlers() -> dict[str, ocp.CheckpointHandler]:
+  arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_SHARED_FROM)
+  registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+  return {STATE: ocp.PyTreeCheckpointHandler(type_handler_registry=registry), RUN: ocp.JsonCheckpointHandler()}
+
+
+def _reader() -> ocp.Checkpointer:
+  """Reads in this process alone: the manager's own reader would wait for the others, and for ever where one cannot read."""
+  own = jax.process_index()
+  alone = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own}, barrier_sync_key_prefix=f'alone{own}')
+  handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(multiprocessing_options=alone), **_handlers())
+  return ocp.Checkpointer(handler, multiprocessing_options=alone)
+
+
+def _agreed(attempt: Callable[[], T]) -> tuple[T | None, str]:
+  """What `attempt()` returns, or None in all processes and one's reason where it finds damage in any of them."""
+  found, said = None, ''
+  try:
+    found = attempt()
+  except jax.errors.JaxRuntimeError:   # a device or another process is lost, which says nothing of the checkpoint
+    raise
+  except Exception as error:  # noqa: BLE001 (damage makes its readers raise anything)
+    if isinstance(error, OSError) and (storage.passes(error) or error.errno in (errno.EACCES, errno.EPERM)):
+      raise   # storage does not answer, which says nothing of the checkpoint either
+    said = next(iter(str(error).strip().splitlines()), '')[:200] or type(error).__name__
+  said = next(filter(None, distributed.texts_of_all(said)), '')
+  return (None, said) if said else (found, '')
+
+
 def _options(config: config_lib.Checkpoint, saved: Callable[[], None]) -> ocp.CheckpointManagerOptions:
   """The newest are always kept, since a run continues at the newest; the best is kept beside them."""
   then = ocp.AsyncOptions(post_finalization_callback=saved)
@@ -273,17 +295,22 @@ def _sealed(run: RunState, sums: dict[str, int]) -> dict[str, Any]:
   return {**values, 'sha256': _hash(values)}
 
 
-def _unsealed(values: dict[str, Any], state: dict[str, Any]) -> RunState:
-  """Undoes `_sealed`. Raises ValueError if the values or the state are not what was sealed."""
+def _unsealed(values: dict[str, Any]) -> dict[str, Any]:
+  """What `_sealed` has sealed. Raises ValueError if it is not that."""
   values = dict(values)
   if values.pop('sha256', None) != _hash(values):
     raise ValueError('its run state is not what was saved')
-  before, now = values.pop('checksums'), checksum.checksums(state)
+  return values
+
+
+def _checked(values: dict[str, Any], state: dict[str, Any]) -> RunState:
+  """The run's state, if the arrays' checksums are among `values`, which it came with. Raises ValueError if they are not."""
+  before, now = values['checksums'], checksum.checksums(state)
   if changed := [path for path in now if now[path] != before.get(path)]:
     raise ValueError(f'{len(changed)} of {len(now)} arrays are not what was saved, such as {changed[0]}')
   if bad := checksum.not_finite(state):
     raise ValueError(f'{len(bad)} arrays hold numbers that are not finite, such as {bad[0]}')
-  return RunState(**values)
+  return RunState(**{name: value for name, value in values.items() if name != 'checksums'})
 
 
 def _hash(values: dict[str, Any]) -> str:

@@ -172,7 +172,7 @@ def test_what_says_nothing_of_the_checkpoints_moves_none(saved, tmp_path, monkey
   unavailable = ValueError('UNAVAILABLE: Error reading "gs://bucket/x"')
   for error in (OSError(errno.ETIMEDOUT, 'timed out'), PermissionError(errno.EACCES, 'denied'), unavailable):
     with monkeypatch.context() as patch, pytest.raises(OSError, match='run'):
-      patch.setattr(ocp.CheckpointManager, 'restore', lambda *_, error=error, **__: (_ for _ in ()).throw(error))
+      patch.setattr(ocp.Checkpointer, 'restore', lambda *_, error=error, **__: (_ for _ in ()).throw(error))
       restore(folder)
   keeper = checkpoint.Checkpointer(folder, config_lib.Checkpoint())
   other = dataclasses.replace(state_of(0), params={'another': jnp.zeros(3)})
