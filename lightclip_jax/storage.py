@@ -84,7 +84,8 @@ def patiently(action: Callable[[], T]) -> T:
     except OSError as error:
       if not passes(error):
         raise
-      print(f'{error}; tried again in {seconds:g} s', file=sys.stderr, flush=True)
+      said = f'{error.strerror}: {error.filename!r}' if error.strerror and error.filename else error
+      print(f'{said}; tried again in {seconds:g} s', file=sys.stderr, flush=True)
       time.sleep(seconds)
   return action()
 
