@@ -11,7 +11,7 @@ from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lightclip_jax import config
-from lightclip_jax.data import pipeline, writer
+from lightclip_jax.data import pipeline, transforms, writer
 from lightclip_jax.data.datasets import shapes
 from lightclip_jax.errors import UserError
 from lightclip_jax.evaluation import evaluate, gallery, insight, matching, metrics, results, tasks
@@ -127,8 +127,24 @@ def test_a_caption_that_two_images_share_is_no_miss_for_either():
   vectors |= {text: vectors[text] * 2 for text in ('a dog', 'a cat')}   # the nearest to all of their images
   session = types.SimpleNamespace(images=lambda split: np.repeat(np.eye(2, dtype=np.float32), 2, axis=0),
                                   texts=lambda texts: np.stack([vectors[text] for text in texts]))
-  got = {m.name: m for m in prepared._retrieval(session, 'any', captions)}
+  got = {m.name: m for m in prepared._retrieval(session, session.images('any'), captions)}
   assert got['image_to_text_r1'].value == 1.0 and got['text_to_image_r1'].count == 6
+
+
+def test_a_tables_rows_of_one_image_are_one_image(folder):
+  """A row for each caption, as COCO's: the others were wrong answers that tie with the right one, so nothing was found."""
+  pairs = [dataclasses.replace(r, concept='', group='') for r in pipeline.evaluation_records(folder, 'heldout_images')]
+  rows = [dataclasses.replace(r, captions=(f'{r.key} {number}',)) for r in pairs for number in range(3)]
+  rows += [dataclasses.replace(pairs[0], image=transforms.BLACK, captions=('',))] * 2   # cannot be used
+  oracle = Oracle(folder, lambda record: record.captions[0] and record.key)
+  by_text, oracle.by_split = oracle.texts, {'heldout_images': rows}
+  oracle.texts = lambda texts: by_text([text.rpartition(' ')[0] for text in texts])
+  session = Session(oracle, folder)
+  session.manifest, session.records = types.SimpleNamespace(name='pairs', concepts=(), groups=()), lambda split: rows
+  got = {m.name: (m.value, m.count) for m in prepared.run(session, 'heldout_images')}
+  images, texts = len(pairs), 3 * len(pairs)
+  assert got['image_to_text_r1'] == (pytest.approx(images / (images + 2)), images + 2)
+  assert got['text_to_image_r1'] == (pytest.approx(texts / (texts + 1)), texts + 1)   # and the empty one
 
 
 def test_records_that_cannot_be_used_count_as_mistakes(tmp_path, capfd):

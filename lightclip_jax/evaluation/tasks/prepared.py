@@ -2,8 +2,13 @@
 
 The classes are *all* concepts of the manifest, not only the split's (1,914 for emoji), and all its groups by name.
 Of a mixture only the records that have a concept, or a group, are classified. Retrieval is between the images and their
-names; an image without a concept has all its captions.
+names; an image without a concept has all its captions, those of all records that have it (a table's rows, say).
 """
+from collections.abc import Sequence
+
+import numpy as np
+
+from lightclip_jax.data.records import Record
 from lightclip_jax.evaluation import labelled, retrieval
 from lightclip_jax.evaluation.metrics import Metric
 from lightclip_jax.evaluation.session import Session
@@ -25,7 +30,10 @@ def run(session: Session, split: str) -> list[Metric]:
     metrics += _classification(session, split, 'concept', manifest.concepts, (1, 5))
   if manifest.groups:
     metrics += _classification(session, split, 'group', manifest.groups, (1,))
-  return metrics + _retrieval(session, split, [r.captions[:1] if r.concept else r.captions for r in records])
+  same = _of_one_image(records)
+  captions = [records[rows[0]].captions[:1] if records[rows[0]].concept else
+              [text for row in rows for text in records[row].captions] for rows in same]
+  return metrics + _retrieval(session, session.images(split)[[rows[0] for rows in same]], captions)
 
 
 def _classification(session, split, kind, classes, top) -> list[Metric]:
@@ -39,7 +47,16 @@ def _classification(session, split, kind, classes, top) -> list[Metric]:
                  ANCHORS.get((session.manifest.name, split, f'{kind}_top{k}'), ())) for k, share in result.top.items()]
 
 
-def _retrieval(session, split, captions) -> list[Metric]:
+def _of_one_image(records: Sequence[Record]) -> list[list[int]]:
+  """The records of each image; one with a concept, or that cannot be used, stands for itself."""
+  rows: dict[bytes | int, list[int]] = {}
+  for row, record in enumerate(records):
+    alone = record.concept or record.captions == ('',)
+    rows.setdefault(row if alone else record.image, []).append(row)
+  return list(rows.values())
+
+
+def _retrieval(session: Session, images_IxD: np.ndarray, captions: Sequence[Sequence[str]]) -> list[Metric]:
   """Each distinct caption is asked once, and any image that bears it is right."""
   texts, right_IxT = retrieval.distinct(captions)
-  return retrieval.metrics(retrieval.retrieval(session.images(split), session.texts(texts), right_IxT))
+  return retrieval.metrics(retrieval.retrieval(images_IxD, session.texts(texts), right_IxT))
