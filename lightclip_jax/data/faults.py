@@ -23,7 +23,7 @@ REASONS = {
 }
 ATTEMPTS = 16                  # replacements tried for one example
 _SHOWN = 5                     # records of a kind that are named, before only each tenth, hundredth... is
-_AT_LEAST = 1000               # examples over which the share of faults is taken at first
+_AT_LEAST = 1000               # records over which the share of faults is taken at first
 
 
 class BadRecord(ValueError):
@@ -64,7 +64,7 @@ class Ledger:
     """Counts a batch, and names records on stderr at a limited rate.
 
     Raises:
-      UserError: above the limit, over all batches of this process but at least 1,000 examples.
+      UserError: above the limit, over all batches of this process but at least 1,000 records.
     """
     self._seen += len(faults_bxAx2)
     for record, number in faults_bxAx2[faults_bxAx2[..., 1] > 0]:
@@ -73,8 +73,9 @@ class Ledger:
       self.counts[reason] = count = self.counts.get(reason, 0) + 1
       if count <= _SHOWN or str(count).strip('0') == '1':
         print(f'left out {self._name(int(record))}: {REASONS[reason]} [{reason} {count}]', file=sys.stderr, flush=True)
-    if self._faults > self._limit * max(self._seen, _AT_LEAST):
-      raise UserError(f'{self._faults:,} of {self._seen:,} records cannot be used ({self}); data.max_faults is {self._limit}')
+    looked_at = self._seen + self._faults   # each example that is used, and what was tried before it
+    if self._faults > self._limit * max(looked_at, _AT_LEAST):
+      raise UserError(f'{self._faults:,} of {looked_at:,} records cannot be used ({self}); data.max_faults is {self._limit}')
 
   def __str__(self) -> str:
     return ', '.join(f'{reason} {count:,}' for reason, count in sorted(self.counts.items()))

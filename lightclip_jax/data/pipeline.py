@@ -54,7 +54,8 @@ class _Example:
         left_out[attempt], failed = faults.entry(index, error), error
         # Another record, which follows from the place of the one that it replaces: batches stay full and resumable.
         entropy = (self._seed, position, attempt, faults.ATTEMPTS)
-        index = int(np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy))).integers(len(self._source)))
+        part = mixture.part_of(self._source, index)   # whose share of a mixture stays what it is
+        index = int(np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy))).integers(*part))
     raise UserError(f'{faults.ATTEMPTS} records in a row cannot be used; the first was '
                     f'{self._source.name(int(left_out[0, 0]))}, the last: {failed}')
 
@@ -340,7 +341,7 @@ def padded_batches(read: Callable[[int], np.ndarray], count: int, *, image_size:
   """
   share = batch_size // process_count
   image = lambda i: transforms.evaluation_transform(read(i), image_size)  # noqa: E731
-  with concurrent.futures.ThreadPoolExecutor(max(1, min(16, os.cpu_count() or 1))) as pool:
+  with concurrent.futures.ThreadPoolExecutor(_threads()) as pool:
     waiting: collections.deque = collections.deque()
     for start in range(0, count, batch_size):
       first = start + process_index * share
@@ -365,7 +366,12 @@ def evaluation_records(folder: str | storage.Path, split: str, max_pixels: int =
   `max_pixels` and than `prepare` let through.
   """
   source, limit = sources.open_split(folder, split), _limit(folder, max_pixels)
-  return [_usable(source, index, limit)[0] for index in range(len(source))]
+  with concurrent.futures.ThreadPoolExecutor(_threads()) as pool:
+    return list(pool.map(lambda index: _usable(source, index, limit)[0], range(len(source))))
+
+
+def _threads() -> int:
+  return max(1, min(16, os.cpu_count() or 1))
 
 
 def _limit(folder: str | storage.Path, max_pixels: int) -> int:

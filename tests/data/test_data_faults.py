@@ -167,6 +167,22 @@ def test_above_the_limit_a_run_stops_with_one_line(tmp_path, options):
   batches.close()
 
 
+def test_the_share_of_faults_is_of_all_records_looked_at(capsys):
+  rng = np.random.default_rng(0)
+  bad = faults.entry(7, faults.BadRecord('truncated'))
+  ledger, tried = faults.Ledger(0.5, str), []
+  for _ in range(100):
+    batch = np.stack([faults.blank()] * 20)
+    for example in batch:
+      tried.append(min(int(rng.geometric(0.6)) - 1, faults.ATTEMPTS))   # two in five records are bad
+      example[:tried[-1]] = bad
+    ledger.add(batch)
+  assert sum(tried) > len(tried) / 2, 'more than half as many as examples'
+  with pytest.raises(UserError) as error:
+    ledger.add(np.full((600, faults.ATTEMPTS, 2), bad))
+  assert f'{sum(tried) + 9600:,} of {len(tried) + 600 + sum(tried) + 9600:,} records' in str(error.value)
+
+
 @pytest.mark.parametrize('workers', [0, 1])
 def test_nothing_but_bad_records_is_one_line(tmp_path, options, workers):
   batches = _batches(_folder(tmp_path, [('empty', b'', b'x')] * 30), config.replace(options, workers=workers))

@@ -240,27 +240,39 @@ def test_what_is_not_mixed_is_the_same_as_without_mosaics(shapes_folder):
     _assert_equal([example(int(index))], [plain(int(index))])
 
 
+class Watched:
+  """Of which only each `good`-th record can be used."""
+
+  def __init__(self, source, good):
+    self._source, self._good, self.fingerprint, self.asked = source, good, 'x', []
+
+  def __len__(self):
+    return len(self._source)
+
+  def name(self, index):
+    return str(index)
+
+  def __getitem__(self, index):
+    self.asked.append(index)
+    if index % self._good:
+      raise faults.BadRecord('truncated')
+    return self._source[index]
+
+
+@pytest.mark.parametrize('part', [0, 1])
+def test_a_bad_record_is_replaced_from_its_part_of_a_mixture(shapes_folder, part):
+  """From all parts, a part of few records, many of them bad, would be seen less often than its weight says."""
+  parts = [Watched(sources.open_split(shapes_folder, 'train'), good=2) for _ in range(2)]
+  example, _ = _examples(mixture.MixtureSource(parts), shapes_folder, 0.0)
+  for index in range(1, 40, 2):
+    place = int(example(part * len(parts[0]) + index)['example_id'])
+    assert place // len(parts[0]) == part and place % len(parts[0]) % 2 == 0
+  assert not parts[1 - part].asked
+
+
 @pytest.mark.parametrize('part', [0, 1])
 def test_a_mosaic_leaves_out_what_cannot_be_used_and_stays_in_its_part(shapes_folder, part):
-  class Watched:
-    """Of which two in three records cannot be used."""
-
-    def __init__(self, source):
-      self._source, self.fingerprint, self.asked = source, 'x', []
-
-    def __len__(self):
-      return len(self._source)
-
-    def name(self, index):
-      return str(index)
-
-    def __getitem__(self, index):
-      self.asked.append(index)
-      if index % 3:
-        raise faults.BadRecord('truncated')
-      return self._source[index]
-
-  parts = [Watched(sources.open_split(shapes_folder, 'train')) for _ in range(2)]
+  parts = [Watched(sources.open_split(shapes_folder, 'train'), good=3) for _ in range(2)]
   example, tokenizer = _examples(mixture.MixtureSource(parts), shapes_folder, 1.0)
   for index in range(0, 60, 3):
     found = example(part * len(parts[0]) + index)
