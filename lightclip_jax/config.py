@@ -8,6 +8,7 @@ import ast
 import dataclasses
 import difflib
 import importlib.util
+import inspect
 import os
 import pathlib
 import sys
@@ -271,10 +272,8 @@ def load(spec: str, overrides: typing.Mapping[str, str] | None = None) -> Config
   Raises:
     UserError: for a missing file, an unknown variant or key, or a value of another type.
   """
-  file, _, variant = spec.partition(':')
-  get_config = _get_config_of(pathlib.Path(file))
-  values = get_config(variant) if variant else get_config()
-  with values.unlocked(), values.ignore_type():   # `from_dict` checks types, and says more
+  values = config_dict.ConfigDict(_merged(dataclasses.asdict(Config()), _from_file(spec)))
+  with values.ignore_type():   # `from_dict` checks types, and says more
     for key, text in (overrides or {}).items():
       kind = check_key(key)
       if dataclasses.is_dataclass(kind) and kind is not Schedule:   # as a whole it would reset what is not named
@@ -287,7 +286,31 @@ def load(spec: str, overrides: typing.Mapping[str, str] | None = None) -> Config
   return from_dict(values.to_dict())
 
 
-def _get_config_of(path: pathlib.Path) -> typing.Callable[..., config_dict.ConfigDict]:
+def _merged(values: dict[str, Any], over: typing.Mapping[str, Any]) -> dict[str, Any]:
+  """`values` with those of `over` in their place, part by part."""
+  parts = {name: _merged(values[name], value) for name, value in over.items()
+           if isinstance(value, dict) and isinstance(values.get(name), dict)}
+  return {**values, **over, **parts}
+
+
+def _from_file(spec: str) -> dict[str, Any]:
+  """What `get_config(variant)` returns: all of a config, or what differs from the defaults."""
+  file, _, variant = spec.partition(':')
+  get_config, given = _get_config_of(pathlib.Path(file)), (variant,) if variant else ()
+  try:
+    inspect.signature(get_config).bind(*given)
+  except TypeError as error:
+    raise UserError(f'{spec!r} names {f"the variant {variant!r}" if variant else "no variant"}, but {file!r} has get_config'
+                    f'{inspect.signature(get_config)}; it must be get_config(variant=…)') from error
+  values = get_config(*given)
+  if isinstance(values, Config):
+    return dataclasses.asdict(values)
+  if isinstance(values, config_dict.ConfigDict):
+    return values.to_dict()
+  raise UserError(f'get_config of {spec!r} returns {values!r}; it must be a ConfigDict, such as to_config_dict(Config())')
+
+
+def _get_config_of(path: pathlib.Path) -> typing.Callable[..., Any]:
   if not path.is_file():
     near = difflib.get_close_matches(path.name, os.listdir(path.parent) if path.parent.is_dir() else [], n=1)
     raise UserError(f'config file {str(path)!r} does not exist' + (f'; did you mean {near[0]!r}?' if near else ''))

@@ -52,6 +52,29 @@ def test_an_override_of_a_part_beside_one_of_the_whole_is_one_line():
     config_lib.load(MBV2, overrides)
 
 
+OWN = """
+from ml_collections import config_dict
+from lightclip_jax import config
+def get_config(variant='some'):
+  some = config_dict.ConfigDict({'train': {'steps': config_dict.placeholder(int)}, 'objective': {'contrastive': {'alpha': 0.2}}})
+  return {'some': some, 'typed': config.replace(config.Config(), name='typed'), 'none': None}[variant]
+"""
+
+
+def test_a_file_of_ones_own_may_say_what_differs(tmp_path):
+  file = tmp_path / 'own.py'
+  file.write_text(OWN)
+  config = config_lib.load(str(file), {'train.steps': '7', 'train.batch_size': '64'})
+  wanted = dict(train=dict(steps=7, batch_size=64), objective=dict(contrastive=dict(alpha=config_lib.constant(0.2))))
+  assert config == config_lib.replace(Config(), **wanted)
+  assert config_lib.load(f'{file}:typed', {'train.steps': '7'}).name == 'typed'
+  with pytest.raises(UserError, match='get_config of .*own.py:none. returns None; it must be a ConfigDict'):
+    config_lib.load(f'{file}:none')
+  file.write_text('def get_config():\n  return 3')
+  with pytest.raises(UserError, match=r"names the variant 'small', but .* has get_config\(\); it must be get_config\(variant"):
+    config_lib.load(f'{file}:small')
+
+
 def test_a_part_is_not_overridden_as_a_whole():
   for text in ('{}', '3', "{'steps': 5}"):
     with pytest.raises(UserError, match=r'^config.train is .*, but it has parts \(steps, .*one by one, as config.train.steps='):
