@@ -47,6 +47,8 @@ class RunState:
   tokenizer: str                   # base64
   tokenizer_kind: str = '.model'   # suffix of its file
   health: dict[str, Any] = dataclasses.field(default_factory=dict)   # skipped steps and the like
+  owes_evaluation: bool = False    # whether the run that continues evaluates first
+  shards: int = 0                  # devices over which the batch was spread; 0: not noted
 
 
 class Checkpointer:
@@ -80,7 +82,8 @@ class Checkpointer:
 
   def save(self, step: int, state: TrainState, run: RunState, metrics: Mapping[str, float] | None = None, *,
            wait: bool = False) -> None:
-    """Copies the state off the devices and writes it in the background. A step that is saved already is left alone.
+    """Copies the state off the devices and writes it in the background. A step that is saved already is left alone, but for
+    its score if it has none.
 
     Where storage fails with an error that passes, training goes on with the last good save: that is told, and the state of
     a later step is `late` soon. Several processes would have to agree on that; they end, and start at the last good save.
@@ -120,8 +123,21 @@ class Checkpointer:
         self._manager.save(step, metrics=self._score(metrics), args=ocp.args.Composite(**{
             STATE: ocp.args.PyTreeSave(item), RUN: ocp.args.JsonSave(_sealed(run, checksum.checksums(item)))}))
       self._last_save, self._again = time.monotonic(), math.inf
+    elif (score := self._score(metrics)) and self._manager.metrics(step) is None:
+      self._add_score(step, score)
     if wait:
       self.wait()
+
+  def _add_score(self, step: int, score: dict[str, float]) -> None:
+    """As if it had been saved with it; the best until now goes, if it is neither that nor among the newest any more."""
+    before = self._manager.best_step()
+    with distributed.first_alone(f'score {step}'):
+      if jax.process_index() == 0:   # in Orbax's place for it
+        (place := self._workdir / 'checkpoints' / str(step) / 'metrics').mkdir(exist_ok=True)
+        storage.write_text(place / 'metrics', json.dumps(score))
+    self._manager.reload()
+    if before not in (None, self._manager.best_step(), *sorted(self._manager.all_steps())[-self._config.keep:]):
+      self._manager.delete(before)
 
   def _score(self, metrics: Mapping[str, float] | None) -> dict[str, float] | None:
     best = self._config.best

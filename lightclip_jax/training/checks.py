@@ -91,6 +91,23 @@ def check_same_tokenizer(saved: str, tokenizer: tokenizers.Tokenizer) -> None:
                     'that the run began with as data.tokenizer, or use another --workdir')
 
 
+def check_same_groups(config: config_lib.Config, before: int, now: int) -> None:
+  """Where batch normalisation's statistics are a device's own, a run continues on as many devices.
+
+  Args:
+    config: the run's.
+    before: devices that shared the batch; 0: not known.
+    now: those that do.
+
+  Raises:
+    UserError: naming both.
+  """
+  groups = config.model.batch_norm == 'local' and config.model.image.name in image_towers.BATCH_NORM
+  if groups and before not in (0, now):
+    raise UserError(f"model.batch_norm is 'local', whose statistics are of a device's own share of the batch: the run began with "
+                    f'{before} devices for the batch, here are {now}; bring as many, or use another --workdir')
+
+
 def check_splits(config: config_lib.Config, folder: storage.Path) -> None:
   """The data have the splits that are evaluated.
 

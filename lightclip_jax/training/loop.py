@@ -1,8 +1,9 @@
 """The training loop.
 
 The order of a step is law, because a checkpoint must hold exactly what a run that was never stopped would have:
-batch → step → (evaluate) → (save) → (stop if asked). Metrics are read and logged one step late, so that the host never
-waits for a device that could be working; evaluation and saves settle them first.
+batch → step → (evaluate) → (save) → (stop if asked). Who asks for a stop does not wait for an evaluation: the run that continues
+begins with it. Metrics are read and logged one step late, so that the host never waits for a device that could be working;
+evaluation and saves settle them first.
 """
 import base64
 import concurrent.futures
@@ -46,12 +47,17 @@ def train(config: config_lib.Config, workdir: storage.Path) -> int:
     return preemption.EXIT_PREEMPTED
 
 
+class _PutOffError(Exception):
+  """A stop was asked for during an evaluation."""
+
+
 class Run:
   """One process's part of a training run."""
 
   def __init__(self, config: config_lib.Config, workdir: storage.Path, stop: preemption.Preemption) -> None:
     self.config, self.workdir, self.step, self._stop = config, workdir, 0, stop
     self._scores: dict[str, float] | None = None   # of the state as it is now
+    self._owes = False   # whether an evaluation of this state was put off
     self._last_evaluation = time.monotonic()
     checks.check_same_everywhere(config)
     self._mesh = sharding.make_mesh(config.mesh)
@@ -73,7 +79,7 @@ class Run:
     if not checks.is_claimed(workdir, config):   # a run that continues needs these files no more
       initialise.check(config, self._abstract)
     self.watchdog = health.Watchdog(workdir, config.train.watchdog_minutes, config.train.watchdog_exit)
-    self._evaluator = evaluator.Evaluator(config, folder, self._tokenizer, self._mesh, workdir, self.watchdog.moved)
+    self._evaluator = evaluator.Evaluator(config, folder, self._tokenizer, self._mesh, workdir, self._moved)
     share, shares = sharding.process_share(sharding.batch_sharding(self._mesh))
     self._batches = pipeline.train_batches(
         folder, config.data, image_size=config.model.image.size, context=config.model.text.context,
@@ -97,7 +103,9 @@ class Run:
     else:
       self.state, saved = restored
       checks.check_same_tokenizer(saved.tokenizer, self._tokenizer)
+      checks.check_same_groups(self.config, saved.shards, sharding.batch_shards(self._mesh))
       self.step = int(self.state.step)
+      self._owes = saved.owes_evaluation
       self._batches.restore(saved.iterator)
       self._meter = metrics.Meter(saved.meter)
       self._health = health.Health(self.workdir, self.config.train.max_skipped, saved.health)
@@ -114,28 +122,30 @@ class Run:
       return True
     forecast = metrics.Forecast(self.step, total)
     stop, = distributed.agree(self.step, self._stop.requested)
+    if self._owes and not stop:
+      stop = self._evaluate()
     while self.step < total and not stop:
       self._one_step()
       self._warn_if_slow(forecast.after(self.step))
       with self.watchdog.waiting_for('the other processes'):
         stop, late, evaluate = distributed.agree(
             self.step, self._stop.requested, self._checkpointer.late, self._evaluation_is_late)
-      if self.step == total:   # it is saved below, with its score
+      if self.step == total:
         break
       every = self.config.evaluation.every_steps
       if evaluate or (every and self.step % every == 0):
-        self._evaluate()
-      if late or self._checkpointer.due(self.step) or self._scored:
+        stop = self._evaluate(put_off=stop)
+      if not stop and (late or self._checkpointer.due(self.step) or self._scored):
         self._save()
-    if self.step == total and self.config.checkpoint.best:
-      with self.watchdog.waiting_for('evaluation'):
-        self._scores = self._evaluator.evaluate(self.step, self.state.evaluation_variables)
     self._save(wait=True)
+    if self.step == total and self.config.checkpoint.best and not self._evaluate(put_off=stop, log=False):
+      self._save(wait=True)   # the score alone
     return self.step >= total
 
   def finish(self) -> None:
     """Final evaluation, table and report."""
     self._writer.flush()   # the report draws what is logged
+    self._owes = False   # all is saved: who stops it now loses nothing
     with self.watchdog.waiting_for('evaluation'):
       self._writer.write(self.step, self._evaluator.finish(self.step, self.state.evaluation_variables))
 
@@ -227,19 +237,31 @@ class Run:
     """Whether this step was evaluated and that decides which checkpoint is best: then it must be one."""
     return bool(self.config.checkpoint.best) and self._scores is not None
 
-  def _evaluate(self) -> None:
+  def _evaluate(self, put_off: bool = False, log: bool = True) -> bool:
+    """Returns whether to stop: where that is asked for before or, of one process, meanwhile, the evaluation is put off."""
     self._settle()
-    with self._outside_training(), self.watchdog.waiting_for('evaluation'):
+    self._owes, self._last_evaluation = True, time.monotonic()
+    if put_off:
+      return True
+    with contextlib.suppress(_PutOffError), self._outside_training(), self.watchdog.waiting_for('evaluation'):
       self._scores = self._evaluator.evaluate(self.step, self.state.evaluation_variables)
-      self._writer.write(self.step, self._scores)
-    self._last_evaluation = time.monotonic()
+      self._owes = False
+      if log:
+        self._writer.write(self.step, self._scores)
+    return self._owes
+
+  def _moved(self) -> None:
+    """At each batch of an evaluation."""
+    self.watchdog.moved()
+    if self._owes and self._stop.requested and jax.process_count() == 1:
+      raise _PutOffError
 
   def _save(self, wait: bool = False) -> None:
     self._settle()
     which = 'the checkpoint' if wait else 'the checkpoint before this one'
     with self._outside_training(), self.watchdog.waiting_for(f'{which} to be written'):
       self._checkpointer.save(self.step, self.state, metrics=self._scores, wait=wait, run=checkpoint_lib.RunState(
-          iterator=self._batches.state(), meter=self._meter.state(), health=self._health.state(),
+          owes_evaluation=self._owes, shards=sharding.batch_shards(self._mesh), iterator=self._batches.state(), meter=self._meter.state(), health=self._health.state(),
           config=dataclasses.asdict(self.config), preprocessing=lightclip.preprocessing(self.config.model),
           tokenizer=base64.b64encode(self._tokenizer.to_bytes()).decode(), tokenizer_kind=self._tokenizer.suffix))
       self._writer.flush()   # what a run that continues here will not log again

@@ -81,6 +81,13 @@ def _muon(config: config_lib.Optimizer, steps: int) -> optax.GradientTransformat
   return optax.partition({'muon': muon, 'adamw': _adamw(config, steps)}, labels)
 
 
+def at_step(state: Any, step: jax.Array) -> Any:
+  """The optimizer's state with its schedules at `step`: by itself it counts updates, and not the steps that were skipped."""
+  def is_schedule(path: tuple[Any, ...], _: Any) -> bool:
+    return getattr(path[-1], 'tuple_name', '') == 'ScaleByScheduleState'
+  return optax.tree.set(state, is_schedule, count=step)
+
+
 def stop_frozen(params: Any, pattern: str) -> Any:
   """The same parameters; those that stay as they are have no gradient, and nothing is computed for one."""
   if not pattern:

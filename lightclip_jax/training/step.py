@@ -164,7 +164,8 @@ class Trainer:
   def _update(self, state: state_lib.TrainState, gradients: Any, gradient_norm: jax.Array, statistics: Any
               ) -> state_lib.TrainState:
     """The state that has learnt from the gradients, its step not yet counted."""
-    updates, optimizer_state = self.optimizer.update(gradients, state.optimizer, state.params, gradient_norm=gradient_norm)
+    scheduled = optimizer_lib.at_step(state.optimizer, state.step)
+    updates, optimizer_state = self.optimizer.update(gradients, scheduled, state.params, gradient_norm=gradient_norm)
     params = optax.apply_updates(state.params, updates)
     batch_stats = state.batch_stats
     if statistics:   # not where the image tower has no BatchNorm, or is locked

@@ -45,6 +45,20 @@ def test_the_best_and_the_newest_are_kept(tmp_path, scores, options, best, kept)
   assert inference.step_of(tmp_path, None) == len(scores)
 
 
+def test_a_score_may_come_after_the_save(tmp_path):
+  save_all(tmp_path, [0.1, 0.5, 0.2, 0.3, None, None])
+  keeper = checkpoint.Checkpointer(tmp_path, config_lib.Checkpoint(keep=2, best=NAME))
+  kept = lambda: sorted(int(path.name) for path in (tmp_path / 'checkpoints').iterdir() if path.name.isdigit())  # noqa: E731
+  keeper.save(5, state_of(5), run_of(5), {NAME: 0.4})
+  assert inference.step_of(tmp_path, 'best') == 2 and kept() == [2, 5, 6]
+  keeper.save(5, state_of(5), run_of(5), {NAME: 0.9})
+  assert inference.step_of(tmp_path, 'best') == 2, 'what has a score keeps it'
+  keeper.save(6, state_of(6), run_of(6), {NAME: 0.6})
+  assert inference.step_of(tmp_path, 'best') == 6 and kept() == [5, 6], 'the best until now is not needed any more'
+  assert int(keeper.restore(state_of(0))[0].step) == 6
+  keeper.close()
+
+
 def test_without_scores_there_is_no_best(tmp_path):
   save_all(tmp_path, [None, None, None])
   assert sorted(int(path.name) for path in (tmp_path / 'checkpoints').iterdir() if path.name.isdigit()) == [2, 3]

@@ -29,6 +29,28 @@ from lightclip_jax.training import checkpoint, checks, loop, metrics, optimizer,
 from lightclip_jax.training.step import Trainer
 
 
+@pytest.mark.parametrize('name', ['adamw', 'muon'])
+@pytest.mark.parametrize('freeze', ['', '^b'])
+def test_the_schedule_counts_steps_that_were_skipped_too(name, freeze):
+  options = config_lib.Optimizer(name=name, freeze=freeze, weight_decay=0.0, warmup_fraction=0.5)
+  rule, params = optimizer.make_optimizer(options, 100), {'a': {'kernel': jnp.ones((8, 4))}, 'b': jnp.ones(3)}
+  gradients, state = jax.tree.map(jnp.ones_like, params), rule.init(params)
+  sizes = []
+  for step in (10, 30):   # the first that was not skipped
+    updates, after = rule.update(gradients, optimizer.at_step(state, jnp.int32(step)), params, gradient_norm=jnp.float32(1.0))
+    sizes.append(float(jnp.abs(updates['a']['kernel']).mean()))
+  assert sizes[0] > 0 and sizes[1] == pytest.approx(3 * sizes[0])
+  assert jax.tree.structure(after) == jax.tree.structure(state)
+
+
+def test_local_statistics_continue_on_as_many_devices():
+  for config, before, now in ((TINY, 8, 1), (config_lib.replace(TINY, model=dict(batch_norm='local')), 8, 8),
+                              (config_lib.replace(TINY, model=dict(batch_norm='local')), 0, 8)):
+    checks.check_same_groups(config, before, now)
+  with pytest.raises(UserError, match="'local'.* began with 8 devices for the batch, here are 1; "):
+    checks.check_same_groups(config, 8, 1)
+
+
 def test_learning_rate_warms_up_and_ends_at_zero():
   rate = optimizer.learning_rate(config_lib.Optimizer(learning_rate=2.0, warmup_fraction=0.1), 100)
   assert [float(rate(step)) for step in (0, 5, 10)] == pytest.approx([0, 1, 2])
