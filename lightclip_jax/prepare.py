@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 
-from lightclip_jax import cli
+from lightclip_jax import cli, storage
 from lightclip_jax import config as configs
 from lightclip_jax.data import convert, datasets, manifest, sources, tokenizers
 from lightclip_jax.data.datasets import BUILT_IN
@@ -16,6 +16,8 @@ from lightclip_jax.errors import UserError
 _EXAMPLE = ('example: python -m lightclip_jax.prepare emoji --out=data/emoji --size=128; '
             'python -m lightclip_jax.prepare webdataset cc3m/ --out=data/cc3m --size=256 --holdout_every=500')
 _SAMPLE = 1_000_000            # captions that a tokenizer is trained on at most
+
+_HELD_OUT = 2000               # records to evaluate on, where none were held out when a set was prepared; of few a tenth
 
 
 def _built_in(name: str, args: argparse.Namespace) -> None:
@@ -40,13 +42,15 @@ def _say_options(out: pathlib.Path) -> None:
   options = {'data.dataset': out, 'model.text.vocab_size': words.vocab_size}
   if words.end_id != configs.TextTower().end_id:
     options['model.text.end_id'] = words.end_id
+  if not splits:   # what is trained on says little, and to rank all of it takes for ever
+    options['data.holdout_every'] = max(10, made.splits['train'].count // _HELD_OUT)
   if splits != configs.Evaluation().splits:
-    options['evaluation.splits'] = '(' + ''.join(f'"{name}",' for name in splits or ('train',)) + ')'
+    options['evaluation.splits'] = '(' + ''.join(f'"{name}",' for name in splits or (sources.HELDOUT,)) + ')'
   print('train with', shlex.join(f'--config.{name}={value}' for name, value in options.items()))
 
 
 def _built_in_flags(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument('--out', type=pathlib.Path, required=True, metavar='DIR', help='a new folder')
+  parser.add_argument('--out', type=_path, required=True, metavar='DIR', help='a new folder')
   parser.add_argument('--size', type=_between(8, 1024), default=128, help='pixels of the square images (default 128)')
   parser.add_argument('--processes', type=_between(1, 1024), help='processes that draw (default: one a core)')
 
@@ -67,7 +71,7 @@ def _data_options(args: argparse.Namespace) -> configs.Data:
 
 def _source_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('path', help='the folder or file; of tfds NAME@SPLIT')
-  parser.add_argument('--out', type=pathlib.Path, required=True, metavar='DIR', help='a new folder (a file for tokenizer)')
+  parser.add_argument('--out', type=_path, required=True, metavar='DIR', help='a new folder (a file for tokenizer)')
   for name in ('image_column', 'caption_column', 'image_root'):
     parser.add_argument(f'--{name}', default='', help=f'as config.data.{name}')
   parser.add_argument('--vocab_size', type=_between(64, 1 << 20), default=8192, help='of the tokenizer (default 8192)')
@@ -107,9 +111,16 @@ def _teacher(args: argparse.Namespace) -> None:
 
 
 def _teacher_flags(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument('--model', type=pathlib.Path, required=True, metavar='DIR', help='a training run or an exported folder')
+  parser.add_argument('--model', type=_path, required=True, metavar='DIR', help='a training run or an exported folder')
   parser.add_argument('--data', required=True, metavar='DIR',
                       help='the prepared folder to add to; several as in config.data.dataset: "DIR + DIR"')
+
+
+def _path(text: str) -> pathlib.Path:
+  try:
+    return storage.on_disk(text)   # a shell leaves the ~ of --out=~/DIR as it is
+  except UserError as error:
+    raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _between(low: int, high: int) -> Callable[[str], int]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import jax
 
 from lightclip_jax import distributed, storage
-from lightclip_jax.data import datasets
+from lightclip_jax.data import datasets, sources
 from lightclip_jax.errors import UserError
 from lightclip_jax.evaluation import evaluate as evaluation
 from lightclip_jax.evaluation import metrics, prompts, results, tasks
@@ -25,11 +25,11 @@ def evaluate(path: storage.Path, chosen: Mapping[str, tasks.Task], out: str, *, 
 
   Args:
     path: a workdir, or its folder of checkpoints.
-    chosen: tasks by name.
+    chosen: tasks by name; none: those of the config, of KIND:PATH the retrieval of all its records.
     out: the JSON file.
     step: 'last', 'best' or a number.
     csv: a CSV file to append to.
-    data: a prepared folder or a built-in name instead of the config's.
+    data: a prepared folder, a built-in name or KIND:PATH instead of the config's.
     templates: prompts instead of the tasks' own.
     batch_size: instead of the config's.
     debug: raise what a task raises.
@@ -47,12 +47,12 @@ def evaluate(path: storage.Path, chosen: Mapping[str, tasks.Task], out: str, *, 
                     f"its model's vocabulary has {config.model.text.vocab_size}")
   embedder = Embedder(lightclip.LightCLIP(config.model), config.model, loaded.variables, loaded.tokenizer,
                       batch_size=config.evaluation.batch_size if batch_size is None else batch_size)
-  name = data or config.data.dataset
-  # Those of the run are of other sources, and the checkpoint has its tokenizer; the file need not be there any more.
-  options = None if datasets.is_prepared(name) else config.data
-  folder = functools.partial(datasets.resolve, name, options)
+  folder = (functools.partial(datasets.whole, data, loaded.tokenizer) if data else
+            functools.partial(datasets.resolve, config.data.dataset, config.data, loaded.tokenizer))
   session = Session(embedder, folder, templates=templates, token_matching=config.objective.token_matching,
                     max_pixels=config.data.max_pixels)
+  if not chosen and data and not datasets.is_prepared(data):
+    chosen = evaluation.of_splits((sources.HELDOUT,))
   chosen = chosen or evaluation.of_splits(config.evaluation.splits) | tasks.choose(config.evaluation.tasks)
   used = tasks.prompted(chosen)
   for key in sorted({key for key, _ in templates.templates} - used - {''}):   # a file may serve several evaluations: no error

@@ -55,6 +55,26 @@ def test_what_was_let_through_is_evaluated_and_seen_by_a_teacher(tmp_path, monke
     teacher.write(out, 'tutor', encoders, lambda parts, total: parts)
 
 
+def test_records_of_a_set_that_has_none_to_evaluate_are_held_out_when_it_is_trained_on(tmp_path, capsys):
+  out = _prepare(tmp_path, '--processes=1')
+  said = capsys.readouterr().out.splitlines()[-1]
+  assert "--config.data.holdout_every=10 '--config.evaluation.splits=(\"heldout\",)'" in said
+  splits = manifest.load(datasets.resolve(str(out), prepare.configs.Data(holdout_every=10))).splits
+  assert (splits['train'].count, splits['heldout'].count) == (18, 2) and manifest.load(out).splits['train'].count == 20
+  with pytest.raises(UserError, match='data.holdout_every is 10, but .* is one prepared set, where it changes nothing'):
+    datasets.resolve(str(_prepare(tmp_path, '--processes=1', '--holdout_every=4', out='other')),
+                     prepare.configs.Data(holdout_every=10))
+
+
+def test_the_home_folder_is_not_a_folder_named_tilde(tmp_path, monkeypatch, capsys):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  assert prepare.parse(['shapes', '--out=~/x']).out == tmp_path / 'x'
+  assert prepare.parse(['teacher', '--model=~/m', '--data=x']).model == tmp_path / 'm'
+  with pytest.raises(SystemExit):
+    prepare.parse(['shapes', '--out=gs://bucket/x'])
+  assert "'gs://bucket/x' is in a bucket; this needs a folder on a disk" in capsys.readouterr().err
+
+
 def test_what_is_kept_and_what_is_counted(tmp_path, capsys):
   out = _prepare(tmp_path, '--holdout_every=4', '--size=16', '--processes=1')
   made = manifest.load(out)

@@ -7,6 +7,7 @@ import sys
 
 import jax
 import numpy as np
+import PIL.Image
 import pytest
 
 from lightclip_jax import config, evaluate
@@ -74,6 +75,20 @@ def test_the_command_writes_what_the_function_measures(folder, loaded, session, 
   assert 'heldout_style/concept_top1' in capsys.readouterr().out   # what was measured is not lost
   with pytest.raises(UserError, match='evaluation batch size is 0'):   # not the config's
     evaluate.main(evaluate.parse(['--checkpoint=run', '--batch_size=0', f'--out={out}']))
+
+
+def test_pairs_of_ones_own_are_evaluated_whole_with_the_words_of_the_checkpoint(loaded, monkeypatch, tmp_path):
+  gone = config.replace(loaded.config, data=dict(dataset='csv:gone.csv', tokenizer='gone.model', weights=(2.0,)))
+  monkeypatch.setattr(checkpoint, 'load', lambda path, step: dataclasses.replace(loaded, config=gone))
+  monkeypatch.setenv('LIGHTCLIP_DATA', str(tmp_path / 'cache'))
+  colours = {'red': (255, 0, 0), 'green': (0, 128, 0), 'blue': (0, 0, 255)}
+  for name, colour in colours.items():
+    PIL.Image.new('RGB', (20, 20), colour).save(tmp_path / f'{name}.png')
+  rows = [f'{name}.png,{text} {name}' for name in colours for text in ('a', 'all')]
+  (tmp_path / 'own.csv').write_text('\n'.join(['filepath,title', *rows]))
+  evaluate.main(evaluate.parse(['--checkpoint=run', f'--data=csv:{tmp_path}/own.csv', f'--out={tmp_path / "own.json"}']))
+  counts = {m['name']: m['count'] for m in json.loads((tmp_path / 'own.json').read_text())['metrics']}
+  assert counts['eval/heldout/image_to_text_r1'] == 3 and counts['eval/heldout/text_to_image_r1'] == 6
 
 
 def test_prompts_that_no_task_uses_are_named(loaded, monkeypatch, tmp_path, capsys):

@@ -35,16 +35,17 @@ def folder_of(name: str) -> pathlib.Path:
   return cache() / f'{name}-{EDITION[name]}'
 
 
-def resolve(name: str, options: configs.Data | None = None) -> storage.Path:
+def resolve(name: str, options: configs.Data | None = None, tokenizer: tokenizers.Tokenizer | None = None) -> storage.Path:
   """The folder of a data set; a built-in one is prepared in the cache if it is not there yet.
 
-  For KIND:PATH, for several joined by " + ", and for a prepared folder with another tokenizer than its own, that is a folder
-  in the cache with a manifest that points to them, the tokenizer, and indexes; the data stay where they are. Held-out splits
-  and concepts are those of the first prepared folder.
+  For KIND:PATH, for several joined by " + ", and for a prepared folder with another tokenizer than its own, or of which records
+  are to be held out, that is a folder in the cache with a manifest that points to them, the tokenizer, and indexes; the data
+  stay where they are. Held-out splits and concepts are those of the first prepared folder.
 
   Args:
     name: a built-in name, a prepared folder, KIND:PATH, or several.
     options: `config.data`; columns, weights and tokenizer of such sources come from it.
+    tokenizer: a checkpoint's, instead of theirs; its file need not be there any more.
 
   Raises:
     UserError: for something that is none of these, for an option that it would ignore, or if the preparation fails.
@@ -52,12 +53,20 @@ def resolve(name: str, options: configs.Data | None = None) -> storage.Path:
   options = options or configs.Data()
   if is_prepared(name):
     _check_nothing_ignored(name, options)
-  if is_prepared(name) and not options.tokenizer:
+  if is_prepared(name) and not options.tokenizer and not options.holdout_every:
     folder = _prepared(name)
     manifest.load(folder)
     return folder
   contents = about(name, options)
-  return _point_to(name, contents, _tokenizer_file(name, contents, options))
+  return _point_to(name, contents, tokenizer or tokenizers.load(_tokenizer_file(name, contents, options)))
+
+
+def whole(name: str, tokenizer: tokenizers.Tokenizer) -> storage.Path:
+  """As `resolve`, of data that a model with this tokenizer is only evaluated on: all records of KIND:PATH, or of several, are
+  the split `heldout`."""
+  if is_prepared(name):
+    return resolve(name)
+  return _point_to(name, {**about(name, configs.Data()), 'holdout_every': 1}, tokenizer)
 
 
 def is_prepared(name: str) -> bool:
@@ -66,7 +75,9 @@ def is_prepared(name: str) -> bool:
 
 
 def _check_nothing_ignored(name: str, options: configs.Data) -> None:
-  decisive = () if options.tokenizer else ('weights', 'holdout_every')   # with another tokenizer it is a mixture of one part
+  decisive = () if options.tokenizer else ('weights',)   # with another tokenizer it is a mixture of one part
+  if options.holdout_every and not options.tokenizer and (name in BUILT_IN or len(manifest.load(_prepared(name)).splits) > 1):
+    decisive = (*decisive, 'holdout_every')   # it has held-out splits already
   for option in ('image_column', 'caption_column', 'image_root', *decisive):
     if value := getattr(options, option):
       raise UserError(f'data.{option} is {value!r}, but {name!r} is one prepared set, where it changes nothing; leave '
@@ -115,9 +126,8 @@ def _tokenizer_file(name: str, contents: dict[str, Any], options: configs.Data) 
                   'makes one)')
 
 
-def _point_to(name: str, about: dict[str, Any], tokenizer_file: storage.Path) -> pathlib.Path:
+def _point_to(name: str, about: dict[str, Any], tokenizer: tokenizers.Tokenizer) -> pathlib.Path:
   """A folder in the cache with the tokenizer and a manifest of what the sources hold now."""
-  tokenizer = tokenizers.load(tokenizer_file)
   file = f'tokenizer{tokenizer.suffix}'
   train = sources.open_parts(about, 'train')
   splits = {'train': manifest.Split(('train',), len(train))}
