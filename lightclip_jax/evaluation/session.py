@@ -16,7 +16,7 @@ from lightclip_jax.data import manifest, pipeline, transforms
 from lightclip_jax.data.records import Record
 from lightclip_jax.evaluation import prompts
 from lightclip_jax.evaluation.embed import Embedder
-from lightclip_jax.evaluation.labelled import Part
+from lightclip_jax.evaluation.labelled import ImageSet, Part
 from lightclip_jax.inference.class_names import class_embeddings
 
 Folder = str | storage.Path | Callable[[], storage.Path]
@@ -29,6 +29,7 @@ class Session:
     embedder, token_matching: as given.
     prompts: template set -> hash of its templates, of those that were used so far.
     records: split -> the folder's records in order.
+    image_sets: name -> the set, of those that were used so far.
   """
 
   def __init__(self, embedder: Embedder, folder: Folder, *, templates: prompts.Choice = prompts.OWN,
@@ -46,6 +47,7 @@ class Session:
     self._folder, self._templates, self._max_pixels = folder, templates, max_pixels
     self._texts: dict[str, np.ndarray] = {}
     self._images: dict[str, np.ndarray] = {}
+    self.image_sets: dict[str, ImageSet] = {}
     self.records = functools.cache(self._records)
 
   @functools.cached_property

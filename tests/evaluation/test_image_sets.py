@@ -1,5 +1,6 @@
 """Image sets, tasks on them and on Karpathy's split file, with a model that sees pixels; and tasks that fail."""
 import json
+import sys
 import types
 
 import cv2
@@ -117,9 +118,32 @@ def test_tfds_sources_become_image_sets():
   rng = np.random.default_rng(0)
   examples = [{'image': picture('red', rng), 'label': label} for label in (3, 7, 7, 3)]
   source = tfds_sets.Source('x', test='test', train='', occurring=True)
-  got = tfds_sets.from_sources('cifar10', source, [str(i) for i in range(10)], {'test': examples})
+  got = tfds_sets.from_sources('cifar10', source, [str(i) for i in range(10)], {'test': examples}.get)
   assert got.classes == ('cat', 'horse') and got.test.labels_N.tolist() == [0, 1, 1, 0] and not got.train
   assert got.test.read(1).shape == (12, 12, 3)
+
+
+def test_zero_shot_reads_no_training_record_and_probes_read_them_once(monkeypatch):
+  opened, rng = [], np.random.default_rng(0)
+
+  def as_data_source(split, decoders):
+    opened.append(split)
+    if split == 'train' and not prepared:
+      raise ValueError('no split\ntrain')
+    return [{'image': picture(name, rng), 'label': label} for label, name in enumerate(('red', 'green') * 5)]
+  info = types.SimpleNamespace(features={'label': types.SimpleNamespace(names=['?'] * 10)})
+  builder = types.SimpleNamespace(as_data_source=as_data_source, info=info)
+  monkeypatch.setitem(sys.modules, 'tensorflow_datasets', types.SimpleNamespace(
+    builder=lambda *_, **__: builder, decode=types.SimpleNamespace(SkipDecoding=lambda: None)))
+  prepared, session = False, Session(Pixels(), 'none')
+  results = evaluate.run_each(session, tasks.choose(['zero_shot:cifar10', 'knn:cifar10']))
+  assert results[0].metrics and opened == ['test', 'train']   # which only the probe missed
+  assert results[1].error == ('cifar10 cannot be read from TFDS (no split); prepare it with: '
+                              'tfds build cifar10 --file_format=array_record')
+  prepared = True
+  opened.clear()
+  results = evaluate.run_each(session, tasks.choose(['knn:cifar10', 'linear_probe:cifar10', 'few_shot:cifar10']))
+  assert not any(result.error for result in results) and opened == ['train']
 
 
 @pytest.mark.parametrize('data, own, clean', [
@@ -148,6 +172,8 @@ def test_whole_tables_fit_their_sets():
   (lambda p: tasks.find(f'retrieval:{file(p, "{}")}')(None), "not one of Karpathy's"),
   (lambda p: labelled.check(images_of(('a', 'b'), 0)), "class 'b' of 'x' has no test image"),
   (lambda p: labelled.check(images_of(('a',), 1)), 'label outside 0 to 0'),
+  (lambda p: images_of(('a',), 0, train=(1,)).train, "'t' has a label outside 0 to 0, the classes of 'x'"),
+  (lambda p: images_of(('a',), 0, train=()).train, "'x' has no images in 't'"),
   (lambda p: training_part.needs_training(images_of(('a',), 0)), "'x' has no training images.*train/CLASS/"),
 ])
 def test_errors(tmp_path, call, words):
@@ -156,8 +182,9 @@ def test_errors(tmp_path, call, words):
   assert '\n' not in str(caught.value)
 
 
-def images_of(classes, *labels):
-  return labelled.ImageSet('x', classes, labelled.Part('t', None, np.array(labels)))
+def images_of(classes, *labels, train=None):
+  part = lambda labels: labelled.Part('t', None, np.array(labels))  # noqa: E731
+  return labelled.ImageSet('x', classes, part(labels), lambda: () if train is None else (part(train),))
 
 
 def file(folder, text):

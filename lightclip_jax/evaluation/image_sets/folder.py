@@ -31,10 +31,9 @@ def load(path: str) -> ImageSet:
   classes = _folders(test)
   if not classes:
     raise UserError(f'{str(test)!r} has no folders; it must hold one folder of images for each class')
-  return ImageSet(
-    root.name, tuple(name.replace('_', ' ') for name in classes), _part(test, classes),
-    (_part(parts[TRAIN], classes),) if TRAIN in parts else (),
-    _part(validation, classes) if validation and validation != test else None)
+  find = lambda part: (_part(part, classes),) if part and part != test else ()  # noqa: E731
+  return ImageSet(root.name, tuple(name.replace('_', ' ') for name in classes), _part(test, classes),
+                  functools.partial(find, parts.get(TRAIN)), functools.partial(find, validation))
 
 
 def _folders(path: pathlib.Path) -> list[str]:

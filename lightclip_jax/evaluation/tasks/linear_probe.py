@@ -14,10 +14,10 @@ def run(session: Session, images: ImageSet) -> list[Metric]:
   A set without validation images gives a fifth of its training images, the same share of each class, to choose by.
   """
   features, labels = session.features(needs_training(images))
-  if images.validation is None:
-    parts = [(features[i], labels[i]) for i in probes.split_off(labels)]
+  if images.validation:
+    parts = [(features, labels), session.features(images.validation)]
   else:
-    parts = [(features, labels), (session.embed(images.validation), images.validation.labels_N)]
+    parts = [(features[i], labels[i]) for i in probes.split_off(labels)]
   classes, test_labels = len(images.classes), images.test.labels_N
   weights, strength = probes.sweep(*parts, classes)
   right = probes.ranks_of(probes.scores(weights, session.embed(images.test)), test_labels) == 0
