@@ -16,9 +16,9 @@ from lightclip_jax.errors import UserError
 @dataclasses.dataclass(frozen=True)
 class Part:
   """Some images in a fixed order, and their classes."""
-  name: str                            # unique: embeddings are kept under it
-  read: Callable[[int], np.ndarray]    # index -> uint8 RGB [H, W, 3]
-  labels_N: np.ndarray                 # int [N]
+  name: str                                   # unique: embeddings are kept under it
+  read: Callable[[int], np.ndarray | None]    # index -> uint8 RGB [H, W, 3], or None where it says that it cannot be read
+  labels_N: np.ndarray                        # int [N]
 
 
 @dataclasses.dataclass(frozen=True)

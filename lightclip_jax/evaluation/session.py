@@ -14,6 +14,7 @@ from lightclip_jax import config as config_lib
 from lightclip_jax import storage
 from lightclip_jax.data import manifest, pipeline, transforms
 from lightclip_jax.data.records import Record
+from lightclip_jax.errors import UserError
 from lightclip_jax.evaluation import prompts
 from lightclip_jax.evaluation.embed import Embedder
 from lightclip_jax.evaluation.labelled import ImageSet, Part
@@ -70,7 +71,7 @@ class Session:
     return self.embed(self.part(split))
 
   def embed(self, part: Part) -> np.ndarray:
-    """float32 [N, D] of the images of a part, with a progress bar on a terminal."""
+    """float32 [N, D] of the images of a part, 0 for one that cannot be read; with a progress bar on a terminal."""
     if part.name not in self._images:
       total = -(-len(part.labels_N) // self.embedder.batch_size)
       self._images[part.name] = self.embedder.images(
@@ -78,8 +79,12 @@ class Session:
     return self._images[part.name]
 
   def features(self, parts: Sequence[Part]) -> tuple[np.ndarray, np.ndarray]:
-    """All of several parts: float32 [N, D] and labels [N]."""
-    return np.concatenate([self.embed(p) for p in parts]), np.concatenate([p.labels_N for p in parts])
+    """All images of several parts that can be read: float32 [N, D] and labels [N]. Raises UserError if there is none."""
+    features_NxD, labels_N = np.concatenate([self.embed(p) for p in parts]), np.concatenate([p.labels_N for p in parts])
+    read_N = features_NxD.any(axis=1)
+    if not read_N.any():
+      raise UserError(f'none of the {len(read_N):,} images of {parts[0].name!r} can be read, or the embeddings of all are 0')
+    return (features_NxD, labels_N) if read_N.all() else (features_NxD[read_N], labels_N[read_N])
 
   def texts(self, texts: Sequence[str]) -> np.ndarray:
     """float32 [T, D]; only texts that were not asked for before pass through the text tower."""

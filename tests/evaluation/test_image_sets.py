@@ -1,5 +1,6 @@
 """Image sets, tasks on them and on Karpathy's split file, with a model that sees pixels; and tasks that fail."""
 import json
+import shutil
 import sys
 import types
 
@@ -21,8 +22,9 @@ class Pixels:
   image_size, batch_size, context, logit_scale, share, shares = 8, 100, 8, 5.0, 0, 1
 
   def images(self, batches):
-    rows = np.concatenate([batch['image'][batch['index'] >= 0] for batch in batches]).astype(np.float32)
-    flat = 255 - rows.reshape(len(rows), -1)
+    batches = list(batches)
+    rows, index = (np.concatenate([batch[name][batch['index'] != -1] for batch in batches]) for name in ('image', 'index'))
+    flat = (255 - rows.reshape(len(rows), -1).astype(np.float32)) * (index >= 0)[:, None]   # as an Embedder
     return flat / np.linalg.norm(flat, axis=1, keepdims=True).clip(1e-6)
 
   def texts(self, texts):
@@ -204,15 +206,49 @@ def test_a_class_may_be_called_train(tmp_path):
   assert folder.load(str(tmp_path / 'parts')).classes == ('car',) and len(folder.load(str(tmp_path / 'parts')).train) == 1
 
 
-def test_an_empty_class_and_a_broken_image_are_named(tmp_path):
-  for name in ('cat', 'dog'):
-    (tmp_path / name).mkdir()
-  (tmp_path / 'cat' / 'x.png').write_bytes(b'no image')
+def test_hidden_files_are_no_images_and_an_empty_class_is_named(tmp_path):
+  for name in ('cat', 'dog/.thumbnails'):
+    (tmp_path / name).mkdir(parents=True)
+  for name in ('cat/x.png', 'cat/._x.png', 'dog/._y.png', 'dog/.thumbnails/y.png'):
+    (tmp_path / name).touch()
   with pytest.raises(UserError, match="class 'dog' in .* has no image"):
     folder.load(str(tmp_path))
-  (tmp_path / 'dog' / 'x.png').write_bytes(b'no image')
-  with pytest.raises(UserError, match=r'cannot read the image .*cat/x\.png'):
-    Session(Pixels(), tmp_path).embed(folder.load(str(tmp_path)).test)
+  (tmp_path / 'dog/y.png').touch()
+  assert folder.load(str(tmp_path)).test.labels_N.tolist() == [0, 1]
+
+
+def test_an_image_that_cannot_be_read_is_a_mistake_or_left_out(colours, tmp_path, capsys):
+  root = tmp_path / 'colours'
+  shutil.copytree(colours, root)
+  shutil.copytree(colours / 'test', root / 'val')
+  bad = [root / name for name in ('test/blue/0.png', 'train/red/3.png', 'val/green/1.png')]   # blue is the first class
+  bad[0].write_bytes(bad[0].read_bytes()[:60])
+  bad[1].write_bytes(b'no image')
+  bad[2].unlink()
+  bad[2].symlink_to('nowhere')
+  (root / 'train/blue/more.png').write_bytes(bad[0].with_name('1.png').read_bytes())   # blue has most neighbours
+  got = {m.name: m for m in evaluate.run(Session(Pixels(), root), tasks.choose([f'{f}:{root}' for f in tasks.ON_IMAGE_SETS]))}
+  for name, metric in got.items():
+    if 'top1' in name:
+      assert metric.value == pytest.approx(14 / 15) and metric.count == 15, name
+    if 'mean_per_class' in name:
+      assert metric.value == pytest.approx((4 / 5 + 1 + 1) / 3)
+  assert got['eval/linear_probe:colours/strength'].count == 36
+  said = capsys.readouterr().err.splitlines()
+  assert [line.split(': ')[0] for line in sorted(said)] == [
+    f'evaluation counts {str(bad[0])!r} as a mistake', f'evaluation leaves {str(bad[1])!r} out',
+    f'evaluation leaves {str(bad[2])!r} out'] and said[-1].endswith(': No such file or directory')
+
+
+def test_the_guess_for_an_image_that_cannot_be_read_is_not_right_by_chance(tmp_path):
+  for name in ('blue', 'red'):
+    (tmp_path / 'x' / name).mkdir(parents=True)
+    (tmp_path / 'x' / name / '1.png').write_bytes(b'no image')
+  got = metrics.scalars(evaluate.run(Session(Pixels(), tmp_path), tasks.choose([f'zero_shot:{tmp_path}/x'])))
+  assert got['eval/zero_shot:x/top1'] == 0 and got['eval/zero_shot:x/calibration_error'] == pytest.approx(0.5)
+  session, images = Session(Pixels(), tmp_path), folder.load(str(tmp_path / 'x'))
+  with pytest.raises(UserError, match='none of the 2 images of .*x. can be read'):
+    session.features([images.test])
 
 
 def test_flags_and_groups_of_a_prepared_folder(tmp_path):
