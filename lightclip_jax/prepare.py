@@ -16,7 +16,6 @@ from lightclip_jax.errors import UserError
 _EXAMPLE = ('example: python -m lightclip_jax.prepare emoji --out=data/emoji --size=128; '
             'python -m lightclip_jax.prepare webdataset cc3m/ --out=data/cc3m --size=256 --holdout_every=500')
 _SAMPLE = 1_000_000            # captions that a tokenizer is trained on at most
-
 _HELD_OUT = 2000               # records to evaluate on, where none were held out when a set was prepared; of few a tenth
 
 

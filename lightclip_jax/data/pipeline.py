@@ -333,14 +333,15 @@ def evaluation_batches(folder: str | storage.Path, split: str, *, image_size: in
                             batch_size=batch_size, process_index=process_index, process_count=process_count)
 
 
-def padded_batches(read: Callable[[int], np.ndarray], count: int, *, image_size: int, batch_size: int,
+def padded_batches(read: Callable[[int], np.ndarray | None], count: int, *, image_size: int, batch_size: int,
                    process_index: int = 0, process_count: int = 1) -> Iterator[Batch]:
   """Batches as those of `evaluation_batches`, of the images that `read(0)` to `read(count - 1)` give: uint8 RGB [H, W, 3].
 
-  Threads read and resize the next batch while one is used.
+  Where it gives None for image i, which cannot be read, that is black and its index is -2 - i. Threads read and resize the
+  next batch while one is used.
   """
   share = batch_size // process_count
-  image = lambda i: transforms.evaluation_transform(read(i), image_size)  # noqa: E731
+  image = functools.partial(_image, read, image_size)
   with concurrent.futures.ThreadPoolExecutor(_threads()) as pool:
     waiting: collections.deque = collections.deque()
     for start in range(0, count, batch_size):
@@ -352,10 +353,18 @@ def padded_batches(read: Callable[[int], np.ndarray], count: int, *, image_size:
       yield _padded(*waiting.popleft(), share, image_size)
 
 
+def _image(read: Callable[[int], np.ndarray | None], size: int, index: int) -> np.ndarray | None:
+  image_HxWx3 = read(index)
+  return None if image_HxWx3 is None else transforms.evaluation_transform(image_HxWx3, size)
+
+
 def _padded(first: int, images: list[concurrent.futures.Future], share: int, image_size: int) -> Batch:
   batch = {'image': np.zeros((share, image_size, image_size, 3), np.uint8), 'index': np.full(share, -1, np.int64)}
-  for row, image in enumerate(images):
-    batch['image'][row], batch['index'][row] = image.result(), first + row
+  for row, future in enumerate(images):
+    image, index = future.result(), first + row
+    batch['index'][row] = -2 - index if image is None else index
+    if image is not None:
+      batch['image'][row] = image
   return batch
 
 

@@ -20,7 +20,8 @@ from lightclip_jax.config import Model
 from lightclip_jax.errors import UserError
 from lightclip_jax.sharding import process_share
 
-Rows = tuple[tuple[np.ndarray, ...], np.ndarray]   # (inputs [b, ...] of a method, index int [b]; -1 is padding)
+# (inputs [b, ...] of a method, index int [b]; -1 is padding, and -2 - i example i, which could not be read)
+Rows = tuple[tuple[np.ndarray, ...], np.ndarray]
 
 
 class Embedder:
@@ -58,6 +59,8 @@ class Embedder:
   def images(self, batches: Iterable[Mapping[str, np.ndarray]]) -> np.ndarray:
     """float32 [N, D] in index order, from dicts of `image` uint8 [b, S, S, 3] and `index` int [b] (-1: padding).
 
+    The row of an image i that could not be read, whose index is -2 - i, is 0 in all processes, also those that did not try.
+
     Raises:
       ValueError: when the indices are not 0..N-1, each once; an example would be lost or counted twice.
     """
@@ -93,11 +96,16 @@ class Embedder:
     if not parts:
       raise UserError('no images to embed: the split is empty')
     results, index = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+    unread = index < -1
+    index = np.where(unread, -2 - index, index)
     kept = index >= 0
-    order = np.argsort(index[kept], kind='stable')
-    if not np.array_equal(index[kept][order], np.arange(kept.sum())):
-      raise ValueError(f'the batches hold {kept.sum()} examples whose indices are not 0 to {kept.sum() - 1}, each once')
-    return jax.tree.map(lambda rows: np.asarray(rows[kept][order], np.float32), results)
+    order = np.flatnonzero(kept)[np.argsort(index[kept], kind='stable')]
+    if not np.array_equal(index[order], np.arange(len(order))):
+      raise ValueError(f'the batches hold {len(order)} examples whose indices are not 0 to {len(order) - 1}, each once')
+    results = jax.tree.map(lambda rows: np.asarray(rows[order], np.float32), results)
+    for rows in jax.tree.leaves(results):
+      rows[unread[order]] = 0
+    return results
 
   def _dispatch(self, method: str, rows: Rows) -> tuple[Any, jax.Array]:
     self._moved()

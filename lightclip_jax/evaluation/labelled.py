@@ -3,6 +3,7 @@
 Letters: N images, H height, W width.
 """
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -15,20 +16,31 @@ from lightclip_jax.errors import UserError
 @dataclasses.dataclass(frozen=True)
 class Part:
   """Some images in a fixed order, and their classes."""
-  name: str                            # unique: embeddings are kept under it
-  read: Callable[[int], np.ndarray]    # index -> uint8 RGB [H, W, 3]
-  labels_N: np.ndarray                 # int [N]
+  name: str                                   # unique: embeddings are kept under it
+  read: Callable[[int], np.ndarray | None]    # index -> uint8 RGB [H, W, 3], or None where it says that it cannot be read
+  labels_N: np.ndarray                        # int [N]
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageSet:
-  """Test images, and where there are any, images to learn a probe from."""
+  """Test images, and where there are any, images to learn a probe from: found when a task asks for them, since their labels
+  may lie in a million records."""
   name: str
   classes: tuple[str, ...]             # names as they stand in prompts
   test: Part
-  train: tuple[Part, ...] = ()
-  validation: Part | None = None       # None: probes split a part of the training images off
+  find_train: Callable[[], tuple[Part, ...]] = tuple
+  find_validation: Callable[[], tuple[Part, ...]] = tuple
   prompts: str = 'photo'               # the template set of its own
+
+  @functools.cached_property
+  def train(self) -> tuple[Part, ...]:
+    """The training images. Raises UserError for a part without images, or a label without a name."""
+    return tuple(_checked(self, part) for part in self.find_train())
+
+  @functools.cached_property
+  def validation(self) -> tuple[Part, ...]:
+    """Those to choose by, in the same way; without them probes split a part of the training images off."""
+    return tuple(_checked(self, part) for part in self.find_validation())
 
 
 def labels(records: Sequence[Record], kind: Literal['concept', 'group'], classes: Sequence[str]) -> np.ndarray:
@@ -50,15 +62,19 @@ def check(images: ImageSet) -> ImageSet:
   """The set itself.
 
   Raises:
-    UserError: for a set without images, a label without a name, or a class that no test image belongs to.
+    UserError: for a set without test images, a label without a name, or a class that no test image belongs to.
   """
-  for part in (images.test, *images.train, *([images.validation] if images.validation else [])):
-    if not len(part.labels_N):
-      raise UserError(f'{images.name!r} has no images in {part.name!r}')
-    if part.labels_N.min() < 0 or part.labels_N.max() >= len(images.classes):
-      raise UserError(f'{part.name!r} has a label outside 0 to {len(images.classes) - 1}, the classes of {images.name!r}')
+  _checked(images, images.test)
   empty = np.setdiff1d(np.arange(len(images.classes)), images.test.labels_N)
   if len(empty):
     raise UserError(f'class {images.classes[empty[0]]!r} of {images.name!r} has no test image'
                     + (f', nor have {len(empty) - 1} others' if len(empty) > 1 else ''))
   return images
+
+
+def _checked(images: ImageSet, part: Part) -> Part:
+  if not len(part.labels_N):
+    raise UserError(f'{images.name!r} has no images in {part.name!r}')
+  if part.labels_N.min() < 0 or part.labels_N.max() >= len(images.classes):
+    raise UserError(f'{part.name!r} has a label outside 0 to {len(images.classes) - 1}, the classes of {images.name!r}')
+  return part

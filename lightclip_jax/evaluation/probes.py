@@ -138,3 +138,8 @@ def ranks_of(scores_QxC: np.ndarray, labels_Q: np.ndarray) -> np.ndarray:
   """int64 [Q]: classes that stand before the right one; one with the same score does (evaluation/ranks.py)."""
   own_Q = np.take_along_axis(scores_QxC, labels_Q[:, None], axis=1)
   return np.sum(scores_QxC >= own_Q - TIE * np.abs(own_Q).clip(1e-300), axis=1) - 1
+
+
+def hits(scores_QxC: np.ndarray, labels_Q: np.ndarray, features_QxD: np.ndarray) -> np.ndarray:
+  """bool [Q]: the right class stands first; an image that cannot be read, whose features are 0, is a mistake."""
+  return (ranks_of(scores_QxC, labels_Q) == 0) & features_QxD.any(axis=1)

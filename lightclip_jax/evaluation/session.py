@@ -14,9 +14,10 @@ from lightclip_jax import config as config_lib
 from lightclip_jax import storage
 from lightclip_jax.data import manifest, pipeline, transforms
 from lightclip_jax.data.records import Record
+from lightclip_jax.errors import UserError
 from lightclip_jax.evaluation import prompts
 from lightclip_jax.evaluation.embed import Embedder
-from lightclip_jax.evaluation.labelled import Part
+from lightclip_jax.evaluation.labelled import ImageSet, Part
 from lightclip_jax.inference.class_names import class_embeddings
 
 Folder = str | storage.Path | Callable[[], storage.Path]
@@ -29,6 +30,7 @@ class Session:
     embedder, token_matching: as given.
     prompts: template set -> hash of its templates, of those that were used so far.
     records: split -> the folder's records in order.
+    image_sets: name -> the set, of those that were used so far.
   """
 
   def __init__(self, embedder: Embedder, folder: Folder, *, templates: prompts.Choice = prompts.OWN,
@@ -46,6 +48,7 @@ class Session:
     self._folder, self._templates, self._max_pixels = folder, templates, max_pixels
     self._texts: dict[str, np.ndarray] = {}
     self._images: dict[str, np.ndarray] = {}
+    self.image_sets: dict[str, ImageSet] = {}
     self.records = functools.cache(self._records)
 
   @functools.cached_property
@@ -68,7 +71,7 @@ class Session:
     return self.embed(self.part(split))
 
   def embed(self, part: Part) -> np.ndarray:
-    """float32 [N, D] of the images of a part, with a progress bar on a terminal."""
+    """float32 [N, D] of the images of a part, 0 for one that cannot be read; with a progress bar on a terminal."""
     if part.name not in self._images:
       total = -(-len(part.labels_N) // self.embedder.batch_size)
       self._images[part.name] = self.embedder.images(
@@ -76,8 +79,12 @@ class Session:
     return self._images[part.name]
 
   def features(self, parts: Sequence[Part]) -> tuple[np.ndarray, np.ndarray]:
-    """All of several parts: float32 [N, D] and labels [N]."""
-    return np.concatenate([self.embed(p) for p in parts]), np.concatenate([p.labels_N for p in parts])
+    """All images of several parts that can be read: float32 [N, D] and labels [N]. Raises UserError if there is none."""
+    features_NxD, labels_N = np.concatenate([self.embed(p) for p in parts]), np.concatenate([p.labels_N for p in parts])
+    read_N = features_NxD.any(axis=1)
+    if not read_N.any():
+      raise UserError(f'none of the {len(read_N):,} images of {parts[0].name!r} can be read, or the embeddings of all are 0')
+    return (features_NxD, labels_N) if read_N.all() else (features_NxD[read_N], labels_N[read_N])
 
   def texts(self, texts: Sequence[str]) -> np.ndarray:
     """float32 [T, D]; only texts that were not asked for before pass through the text tower."""

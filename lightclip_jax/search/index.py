@@ -68,7 +68,7 @@ def load(out: pathlib.Path) -> Index:
     vectors_NxD = np.load(out / about['embeddings'], mmap_mode='r')[:about['count']]
     files = list(zip(*(about[name] for name in _COLUMNS), strict=True))
     bad = {(path, size, changed): reason for path, size, changed, reason in about['bad']}
-    index = Index(about['folder'], about['model'], about['fingerprint'], files, bad, vectors_NxD)
+    index = Index(_plain(about['folder']), about['model'], about['fingerprint'], files, bad, vectors_NxD)
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise UserError(f'the index {str(out)!r} is damaged ({error!r}); delete it and index again') from error
   if vectors_NxD.ndim != 2 or len(vectors_NxD) != len(files):
@@ -126,12 +126,18 @@ def _earlier(folder: pathlib.Path, export: Export, out: pathlib.Path) -> Index |
       raise UserError(f'{str(out)!r} holds something else; give a new folder')
     return None
   index = load(out)
-  for what, was, now in (('pictures', index.folder, str(folder.absolute())),
+  for what, was, now in (('pictures', index.folder, _plain(folder)),
                          ('model', index.fingerprint, export.fingerprint())):
     if was != now:
       is_of = repr(was) if what == 'pictures' else f'{index.model!r} as it was, not {str(export.folder)!r} as it is'
       raise UserError(f'the index {str(out)!r} is of the {what} {is_of}; give another --out')
   return index
+
+
+def _plain(folder: str | pathlib.Path) -> str:
+  """The path from the root without `..`, so that a folder has one name; a `..` that leads out of a link's target stays."""
+  plain = os.path.abspath(folder)
+  return plain if os.path.realpath(plain) == os.path.realpath(folder) else str(pathlib.Path(folder).absolute())
 
 
 class _Writer:
@@ -140,7 +146,7 @@ class _Writer:
   def __init__(self, out: pathlib.Path, folder: pathlib.Path, export: Export, bad: dict[File, str]):
     self._out, self._bad, self._files = out, bad, []
     self._name = f'embeddings-{time.time_ns()}.npy'
-    self._about = {'folder': str(folder.absolute()), 'model': str(export.folder), 'fingerprint': export.fingerprint()}
+    self._about = {'folder': _plain(folder), 'model': str(export.folder), 'fingerprint': export.fingerprint()}
     self._dim = export.about['embed_dim']
 
   def __enter__(self) -> '_Writer':

@@ -192,6 +192,14 @@ def test_evaluation_covers_a_split_once_over_all_hosts(shapes_folder):
   _assert_equal([{n: np.concatenate([a[n], b[n]]) for n in a} for a, b in zip(*hosts, strict=True)], whole)
 
 
+def test_an_image_that_cannot_be_read_is_black_and_its_index_says_so():
+  read = lambda i: None if i == 2 else np.full((8, 8, 3), 10 + i, np.uint8)  # noqa: E731
+  for host in range(2):
+    batches = list(pipeline.padded_batches(read, 5, image_size=4, batch_size=4, process_index=host, process_count=2))
+    assert [b['index'].tolist() for b in batches] == [[[0, 1], [4, -1]], [[-4, 3], [-1, -1]]][host]
+    assert [b['image'][:, 0, 0, 0].tolist() for b in batches] == [[[10, 11], [14, 0]], [[0, 13], [0, 0]]][host]
+
+
 WHOLE = config.replace(config.Data(), max_masked=4, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0))   # images as they are
 
 

@@ -106,6 +106,16 @@ def test_processes_share_the_texts(monkeypatch):
   assert sorted(seen) == list(range(10))
 
 
+def test_an_image_that_could_not_be_read_keeps_its_place_with_a_row_of_zeros(images):
+  order = np.random.default_rng(1).permutation(37)
+  expected = images.astype(np.float32).sum(axis=(1, 2))
+  expected[[0, 5]] = 0
+  for on in (sharding(1), sharding(8)):
+    fed = [{**batch, 'index': index} for batch in batches(images, 16, order)
+           for index in [np.where(np.isin(batch['index'], (0, 5)), -2 - batch['index'], batch['index'])]]
+    np.testing.assert_array_equal(make(on=on).images(fed), expected)
+
+
 @pytest.mark.parametrize('index', [[0, 1, 1], [0, 2, 3], [1, 2, 3]])
 def test_a_lost_or_repeated_example_is_an_error(images, index):
   with pytest.raises(ValueError, match='each once'):

@@ -1,5 +1,7 @@
 """Image sets, tasks on them and on Karpathy's split file, with a model that sees pixels; and tasks that fail."""
 import json
+import shutil
+import sys
 import types
 
 import cv2
@@ -20,8 +22,9 @@ class Pixels:
   image_size, batch_size, context, logit_scale, share, shares = 8, 100, 8, 5.0, 0, 1
 
   def images(self, batches):
-    rows = np.concatenate([batch['image'][batch['index'] >= 0] for batch in batches]).astype(np.float32)
-    flat = 255 - rows.reshape(len(rows), -1)
+    batches = list(batches)
+    rows, index = (np.concatenate([batch[name][batch['index'] != -1] for batch in batches]) for name in ('image', 'index'))
+    flat = (255 - rows.reshape(len(rows), -1).astype(np.float32)) * (index >= 0)[:, None]   # as an Embedder
     return flat / np.linalg.norm(flat, axis=1, keepdims=True).clip(1e-6)
 
   def texts(self, texts):
@@ -117,9 +120,32 @@ def test_tfds_sources_become_image_sets():
   rng = np.random.default_rng(0)
   examples = [{'image': picture('red', rng), 'label': label} for label in (3, 7, 7, 3)]
   source = tfds_sets.Source('x', test='test', train='', occurring=True)
-  got = tfds_sets.from_sources('cifar10', source, [str(i) for i in range(10)], {'test': examples})
+  got = tfds_sets.from_sources('cifar10', source, [str(i) for i in range(10)], {'test': examples}.get)
   assert got.classes == ('cat', 'horse') and got.test.labels_N.tolist() == [0, 1, 1, 0] and not got.train
   assert got.test.read(1).shape == (12, 12, 3)
+
+
+def test_zero_shot_reads_no_training_record_and_probes_read_them_once(monkeypatch):
+  opened, rng = [], np.random.default_rng(0)
+
+  def as_data_source(split, decoders):
+    opened.append(split)
+    if split == 'train' and not prepared:
+      raise ValueError('no split\ntrain')
+    return [{'image': picture(name, rng), 'label': label} for label, name in enumerate(('red', 'green') * 5)]
+  info = types.SimpleNamespace(features={'label': types.SimpleNamespace(names=['?'] * 10)})
+  builder = types.SimpleNamespace(as_data_source=as_data_source, info=info)
+  monkeypatch.setitem(sys.modules, 'tensorflow_datasets', types.SimpleNamespace(
+    builder=lambda *_, **__: builder, decode=types.SimpleNamespace(SkipDecoding=lambda: None)))
+  prepared, session = False, Session(Pixels(), 'none')
+  results = evaluate.run_each(session, tasks.choose(['zero_shot:cifar10', 'knn:cifar10']))
+  assert results[0].metrics and opened == ['test', 'train']   # which only the probe missed
+  assert results[1].error == ('cifar10 cannot be read from TFDS (no split); prepare it with: '
+                              'tfds build cifar10 --file_format=array_record')
+  prepared = True
+  opened.clear()
+  results = evaluate.run_each(session, tasks.choose(['knn:cifar10', 'linear_probe:cifar10', 'few_shot:cifar10']))
+  assert not any(result.error for result in results) and opened == ['train']
 
 
 @pytest.mark.parametrize('data, own, clean', [
@@ -148,6 +174,8 @@ def test_whole_tables_fit_their_sets():
   (lambda p: tasks.find(f'retrieval:{file(p, "{}")}')(None), "not one of Karpathy's"),
   (lambda p: labelled.check(images_of(('a', 'b'), 0)), "class 'b' of 'x' has no test image"),
   (lambda p: labelled.check(images_of(('a',), 1)), 'label outside 0 to 0'),
+  (lambda p: images_of(('a',), 0, train=(1,)).train, "'t' has a label outside 0 to 0, the classes of 'x'"),
+  (lambda p: images_of(('a',), 0, train=()).train, "'x' has no images in 't'"),
   (lambda p: training_part.needs_training(images_of(('a',), 0)), "'x' has no training images.*train/CLASS/"),
 ])
 def test_errors(tmp_path, call, words):
@@ -156,8 +184,9 @@ def test_errors(tmp_path, call, words):
   assert '\n' not in str(caught.value)
 
 
-def images_of(classes, *labels):
-  return labelled.ImageSet('x', classes, labelled.Part('t', None, np.array(labels)))
+def images_of(classes, *labels, train=None):
+  part = lambda labels: labelled.Part('t', None, np.array(labels))  # noqa: E731
+  return labelled.ImageSet('x', classes, part(labels), lambda: () if train is None else (part(train),))
 
 
 def file(folder, text):
@@ -177,15 +206,49 @@ def test_a_class_may_be_called_train(tmp_path):
   assert folder.load(str(tmp_path / 'parts')).classes == ('car',) and len(folder.load(str(tmp_path / 'parts')).train) == 1
 
 
-def test_an_empty_class_and_a_broken_image_are_named(tmp_path):
-  for name in ('cat', 'dog'):
-    (tmp_path / name).mkdir()
-  (tmp_path / 'cat' / 'x.png').write_bytes(b'no image')
+def test_hidden_files_are_no_images_and_an_empty_class_is_named(tmp_path):
+  for name in ('cat', 'dog/.thumbnails'):
+    (tmp_path / name).mkdir(parents=True)
+  for name in ('cat/x.png', 'cat/._x.png', 'dog/._y.png', 'dog/.thumbnails/y.png'):
+    (tmp_path / name).touch()
   with pytest.raises(UserError, match="class 'dog' in .* has no image"):
     folder.load(str(tmp_path))
-  (tmp_path / 'dog' / 'x.png').write_bytes(b'no image')
-  with pytest.raises(UserError, match=r'cannot read the image .*cat/x\.png'):
-    Session(Pixels(), tmp_path).embed(folder.load(str(tmp_path)).test)
+  (tmp_path / 'dog/y.png').touch()
+  assert folder.load(str(tmp_path)).test.labels_N.tolist() == [0, 1]
+
+
+def test_an_image_that_cannot_be_read_is_a_mistake_or_left_out(colours, tmp_path, capsys):
+  root = tmp_path / 'colours'
+  shutil.copytree(colours, root)
+  shutil.copytree(colours / 'test', root / 'val')
+  bad = [root / name for name in ('test/blue/0.png', 'train/red/3.png', 'val/green/1.png')]   # blue is the first class
+  bad[0].write_bytes(bad[0].read_bytes()[:60])
+  bad[1].write_bytes(b'no image')
+  bad[2].unlink()
+  bad[2].symlink_to('nowhere')
+  (root / 'train/blue/more.png').write_bytes(bad[0].with_name('1.png').read_bytes())   # blue has most neighbours
+  got = {m.name: m for m in evaluate.run(Session(Pixels(), root), tasks.choose([f'{f}:{root}' for f in tasks.ON_IMAGE_SETS]))}
+  for name, metric in got.items():
+    if 'top1' in name:
+      assert metric.value == pytest.approx(14 / 15) and metric.count == 15, name
+    if 'mean_per_class' in name:
+      assert metric.value == pytest.approx((4 / 5 + 1 + 1) / 3)
+  assert got['eval/linear_probe:colours/strength'].count == 36
+  said = capsys.readouterr().err.splitlines()
+  assert [line.split(': ')[0] for line in sorted(said)] == [
+    f'evaluation counts {str(bad[0])!r} as a mistake', f'evaluation leaves {str(bad[1])!r} out',
+    f'evaluation leaves {str(bad[2])!r} out'] and said[-1].endswith(': No such file or directory')
+
+
+def test_the_guess_for_an_image_that_cannot_be_read_is_not_right_by_chance(tmp_path):
+  for name in ('blue', 'red'):
+    (tmp_path / 'x' / name).mkdir(parents=True)
+    (tmp_path / 'x' / name / '1.png').write_bytes(b'no image')
+  got = metrics.scalars(evaluate.run(Session(Pixels(), tmp_path), tasks.choose([f'zero_shot:{tmp_path}/x'])))
+  assert got['eval/zero_shot:x/top1'] == 0 and got['eval/zero_shot:x/calibration_error'] == pytest.approx(0.5)
+  session, images = Session(Pixels(), tmp_path), folder.load(str(tmp_path / 'x'))
+  with pytest.raises(UserError, match='none of the 2 images of .*x. can be read'):
+    session.features([images.test])
 
 
 def test_flags_and_groups_of_a_prepared_folder(tmp_path):

@@ -67,6 +67,8 @@ def test_neighbours_that_tie_vote_all_and_a_tie_of_classes_is_a_miss():
   votes = probes.nearest_neighbours(np.eye(2, dtype=np.float32), x, y, 3, count=1)
   np.testing.assert_allclose(votes, [[1, 1, 0], [0, 1, 0]])
   np.testing.assert_array_equal(probes.ranks_of(votes, np.array([0, 1])), [1, 0])
+  np.testing.assert_array_equal(probes.hits(votes, np.array([0, 1]), np.eye(2)), [False, True])
+  assert not probes.hits(votes, np.array([0, 1]), np.zeros((2, 2))).any()
   with pytest.raises(UserError, match='0 images'):
     probes.nearest_neighbours(x, x[:0], y[:0], 3)
 

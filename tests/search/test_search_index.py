@@ -140,6 +140,31 @@ def test_what_could_not_be_read_is_tried_again_and_a_hidden_folder_keeps_its_pic
   assert not index.update(tmp_path / 'pictures', export, out)[0].bad
 
 
+def test_a_folder_has_one_name_however_it_is_given(export_folder, tmp_path, monkeypatch):
+  colour_export.pictures(tmp_path / 'pictures', 9)
+  (tmp_path / 'here').mkdir()
+  monkeypatch.chdir(tmp_path / 'here')
+  monkeypatch.setattr(index, '_embed', lambda folder, files, *_: [(files, np.ones((len(files), colour_export.DIM)), {})])
+  export, out, whole = towers.Export(export_folder), tmp_path / 'index', tmp_path / 'pictures'
+  made, embedded = index.update(pathlib.Path('../pictures'), export, out)
+  assert embedded == 9 and made.nearest(np.ones(colour_export.DIM), 1)[0]['path'].startswith(f'{whole}{os.sep}')
+  monkeypatch.setattr(index, '_embed', lambda folder, files, *_: [])
+  about = json.loads((out / 'index.json').read_text())
+  (out / 'index.json').write_text(json.dumps({**about, 'folder': str(tmp_path / 'here/../pictures')}))   # an older index
+  for same in (whole, pathlib.Path('../here/../pictures/')):
+    again, embedded = index.update(same, export, out)
+    assert embedded == 0 and again.folder == str(whole) and len(again.files) == 9
+
+
+def test_a_folder_beside_the_target_of_a_link_is_not_the_one_beside_the_link(export_folder, tmp_path):
+  for name in ('pictures', 'elsewhere/pictures', 'elsewhere/target'):
+    (tmp_path / name).mkdir(parents=True)
+  (tmp_path / 'link').symlink_to(tmp_path / 'elsewhere/target')
+  made, _ = index.update(tmp_path / 'link/../pictures', towers.Export(export_folder), tmp_path / 'index')
+  assert os.path.samefile(made.folder, tmp_path / 'elsewhere/pictures')
+  assert index.update(tmp_path / 'link', towers.Export(export_folder), tmp_path / 'other')[0].folder == str(tmp_path / 'link')
+
+
 def test_one_run_at_a_time(export_folder, tmp_path):
   (tmp_path / 'pictures').mkdir()
   export, out = towers.Export(export_folder), tmp_path / 'index'

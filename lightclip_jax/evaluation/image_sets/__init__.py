@@ -26,8 +26,13 @@ def find(name: str) -> Load:
   Raises:
     UserError: for an unknown set, with the list.
   """
-  if '/' in name:
-    return lambda session: check(folder.load(name))
-  if name not in SETS:
+  if '/' not in name and name not in SETS:
     raise UserError(f'unknown image set {name!r}; there are: {", ".join(SETS)}, or a folder such as ./{name}')
-  return lambda session: check(SETS[name](session))
+  return functools.partial(_load, name)
+
+
+def _load(name: str, session: Session) -> ImageSet:
+  """Once in a session: each probe would read the labels again."""
+  if name not in session.image_sets:
+    session.image_sets[name] = check(folder.load(name) if '/' in name else SETS[name](session))
+  return session.image_sets[name]

@@ -19,4 +19,4 @@ def load() -> ImageSet:
   images = np.rint(255 * (1 - images_NxHxW.reshape(-1, 8, 8) / 16)).astype(np.uint8)[..., None].repeat(3, axis=-1)
   half = len(labels_N) // 2
   return ImageSet('digits', tuple(map(str, range(10))), Part('digits/test', images[half:].__getitem__, labels_N[half:]),
-                  (Part('digits/train', images[:half].__getitem__, labels_N[:half]),), prompts='digit')
+                  lambda: (Part('digits/train', images[:half].__getitem__, labels_N[:half]),), prompts='digit')

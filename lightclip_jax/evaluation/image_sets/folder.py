@@ -1,10 +1,12 @@
 """A folder of images by class: DIR/CLASS/*.png, or DIR/train/CLASS/… and DIR/test/CLASS/… (or val, validation)."""
 import functools
 import pathlib
+import sys
 
 import numpy as np
 
 from lightclip_jax.data import transforms
+from lightclip_jax.data.faults import BadRecord
 from lightclip_jax.errors import UserError
 from lightclip_jax.evaluation.labelled import ImageSet, Part
 
@@ -31,29 +33,32 @@ def load(path: str) -> ImageSet:
   classes = _folders(test)
   if not classes:
     raise UserError(f'{str(test)!r} has no folders; it must hold one folder of images for each class')
-  return ImageSet(
-    root.name, tuple(name.replace('_', ' ') for name in classes), _part(test, classes),
-    (_part(parts[TRAIN], classes),) if TRAIN in parts else (),
-    _part(validation, classes) if validation and validation != test else None)
+  find = lambda part: (_part(part, classes, 'leaves {} out'),) if part and part != test else ()  # noqa: E731
+  return ImageSet(root.name, tuple(name.replace('_', ' ') for name in classes), _part(test, classes, 'counts {} as a mistake'),
+                  functools.partial(find, parts.get(TRAIN)), functools.partial(find, validation))
 
 
 def _folders(path: pathlib.Path) -> list[str]:
   return sorted(child.name for child in path.iterdir() if child.is_dir() and not child.name.startswith('.'))
 
 
-def _part(folder: pathlib.Path, classes: list[str]) -> Part:
+def _part(folder: pathlib.Path, classes: list[str], loss: str) -> Part:
+  """`loss`: what is said of an image that cannot be read."""
   files, labels = [], []
   for label, name in enumerate(classes):
-    found = sorted(file for file in (folder / name).rglob('*') if file.suffix.lower() in SUFFIXES)
+    found = sorted(file for file in (folder / name).rglob('*') if file.suffix.lower() in SUFFIXES
+                   and not any(part.startswith('.') for part in file.relative_to(folder / name).parts))   # Macs leave ._a.jpg
     if not found:
       raise UserError(f'class {name!r} in {str(folder)!r} has no image ({", ".join(SUFFIXES)})')
     files += found
     labels += [label] * len(found)
-  return Part(str(folder.absolute()), functools.partial(_read, files), np.array(labels))
+  return Part(str(folder.absolute()), functools.partial(_read, files, loss), np.array(labels))
 
 
-def _read(files: list[pathlib.Path], index: int) -> np.ndarray:
+def _read(files: list[pathlib.Path], loss: str, index: int) -> np.ndarray | None:
   try:
     return transforms.decode(files[index].read_bytes())
-  except (OSError, ValueError) as error:
-    raise UserError(f'cannot read the image {str(files[index])!r}: {error}') from error
+  except (OSError, BadRecord) as error:
+    reason = error if isinstance(error, BadRecord) else error.strerror
+    print(f'evaluation {loss.format(repr(str(files[index])))}: {reason}', file=sys.stderr, flush=True)
+    return None

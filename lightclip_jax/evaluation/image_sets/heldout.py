@@ -22,7 +22,7 @@ def load(session: Session, kind: Literal['concept', 'group']) -> ImageSet:
   names = sorted({getattr(record, kind) for record in session.records(TEST)} - {''})   # '': it cannot be used
   part = functools.partial(_part, session, kind, {name: i for i, name in enumerate(names)})
   there = [split for split in OTHER_STYLES if split in session.manifest.splits]
-  return ImageSet(f'{kind}s', tuple(names), part(TEST), tuple(map(part, there)), prompts='name')
+  return ImageSet(f'{kind}s', tuple(names), part(TEST), lambda: tuple(map(part, there)), prompts='name')
 
 
 def _part(session: Session, kind: str, number: dict[str, int], split: str) -> Part:

@@ -7,7 +7,8 @@ import dataclasses
 import functools
 import importlib.util
 import pathlib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -15,6 +16,8 @@ from lightclip_jax.data import transforms
 from lightclip_jax.errors import UserError
 from lightclip_jax.evaluation.image_sets import class_names
 from lightclip_jax.evaluation.labelled import ImageSet, Part
+
+T = TypeVar('T')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,30 +62,40 @@ def load(name: str) -> ImageSet:
     import tensorflow_datasets as tfds
   except ImportError as error:
     raise UserError(f'{name} needs the package tensorflow-datasets: pip install tensorflow-datasets') from error
-  source = SETS[name]
+  source, encoded = SETS[name], {'image': tfds.decode.SkipDecoding()}   # labels are read without decoding the images
+  builder = _prepared(name, lambda: tfds.builder(source.builder, file_format='array_record', try_gcs=False))
+  open_split = lambda split: _prepared(name, lambda: builder.as_data_source(split, decoders=encoded))  # noqa: E731
+  return from_sources(name, source, builder.info.features['label'].names, open_split)
+
+
+def _prepared(name: str, read: Callable[[], T]) -> T:
   try:
-    builder = tfds.builder(source.builder, file_format='array_record', try_gcs=False)
-    encoded = {'image': tfds.decode.SkipDecoding()}   # labels are read without decoding the images
-    read = {split: builder.as_data_source(split, decoders=encoded)
-            for split in (source.test, source.train, source.validation) if split}
+    return read()
   except Exception as error:   # TFDS raises a dozen kinds for data that are not there
     first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
     raise UserError(f'{name} cannot be read from TFDS ({first_line[:160]}); prepare it with: '
-                    f'tfds build {source.builder} --file_format=array_record') from error
-  return from_sources(name, source, builder.info.features['label'].names, read)
+                    f'tfds build {SETS[name].builder} --file_format=array_record') from error
 
 
-def from_sources(name: str, source: Source, own_names: list[str], read: dict[str, Any]) -> ImageSet:
-  """The image set of random-access sources (split -> examples with `image`, encoded, and `label`)."""
+def from_sources(name: str, source: Source, own_names: list[str], open_split: Callable[[str], Any]) -> ImageSet:
+  """The image set of random-access sources, which `open_split` gives: examples with `image`, encoded, and `label`.
+
+  Training images are opened when a task asks for them: only their labels would be 1.28 million whole records of ImageNet.
+  """
   names = imagenet_names() if name.startswith('imagenet') else class_names.clean(name, own_names)
-  parts = {split: Part(f'{name}/{split}', functools.partial(_decode, examples),
-                       np.array([int(example['label']) for example in examples])) for split, examples in read.items()}
-  test = parts[source.test]
+  test = _part(name, open_split, source.test)
   if source.occurring:
     present, labels_N = np.unique(test.labels_N, return_inverse=True)
     names, test = [names[i] for i in present], dataclasses.replace(test, labels_N=labels_N)
-  return ImageSet(name, tuple(names), test, (parts[source.train],) if source.train else (),
-                  parts.get(source.validation), source.prompts)
+  find = lambda split: (_part(name, open_split, split),) if split else ()  # noqa: E731
+  return ImageSet(name, tuple(names), test, functools.partial(find, source.train), functools.partial(find, source.validation),
+                  source.prompts)
+
+
+def _part(name: str, open_split: Callable[[str], Any], split: str) -> Part:
+  examples = open_split(split)
+  labels_N = np.array([int(example['label']) for example in examples])
+  return Part(f'{name}/{split}', functools.partial(_decode, examples), labels_N)
 
 
 def imagenet_names() -> list[str]:

@@ -20,7 +20,7 @@ def run(session: Session, images: ImageSet) -> list[Metric]:
     for draw in range(DRAWS):
       chosen = choose(labels_N, shots, draw)
       means_CxD = probes.class_means(features_NxD[chosen], labels_N[chosen], classes)
-      hits.append(np.mean(probes.ranks_of(test.astype(np.float64) @ means_CxD.T, labels) == 0))
+      hits.append(np.mean(probes.hits(test.astype(np.float64) @ means_CxD.T, labels, test)))
     metrics.append(Metric(f'top1_{shots}_shots', float(np.mean(hits)), len(labels), 1 / classes))
   return metrics
 

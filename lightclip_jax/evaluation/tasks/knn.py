@@ -17,6 +17,6 @@ def run(session: Session, images: ImageSet) -> list[Metric]:
   metrics = []
   for count in NEIGHBOURS:
     votes = probes.nearest_neighbours(test, *train, classes, count=count)
-    accuracy = float(np.mean(probes.ranks_of(votes, labels) == 0))
+    accuracy = float(np.mean(probes.hits(votes, labels, test)))
     metrics.append(Metric(f'top1_{count}_neighbours', accuracy, len(labels), 1 / classes))
   return metrics

@@ -14,13 +14,13 @@ def run(session: Session, images: ImageSet) -> list[Metric]:
   A set without validation images gives a fifth of its training images, the same share of each class, to choose by.
   """
   features, labels = session.features(needs_training(images))
-  if images.validation is None:
-    parts = [(features[i], labels[i]) for i in probes.split_off(labels)]
+  if images.validation:
+    parts = [(features, labels), session.features(images.validation)]
   else:
-    parts = [(features, labels), (session.embed(images.validation), images.validation.labels_N)]
-  classes, test_labels = len(images.classes), images.test.labels_N
+    parts = [(features[i], labels[i]) for i in probes.split_off(labels)]
+  test, test_labels, classes = session.embed(images.test), images.test.labels_N, len(images.classes)
   weights, strength = probes.sweep(*parts, classes)
-  right = probes.ranks_of(probes.scores(weights, session.embed(images.test)), test_labels) == 0
+  right = probes.hits(probes.scores(weights, test), test_labels, test)
   per_class = np.bincount(test_labels, right, classes) / np.bincount(test_labels, minlength=classes)
   return [Metric('top1', float(np.mean(right)), len(right), 1 / classes),
           Metric('mean_per_class', float(np.mean(per_class)), len(right), 1 / classes),
