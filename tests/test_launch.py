@@ -18,6 +18,7 @@ GKE = ['--name=clip', '--image=example.com/lightclip:1', '--accelerator=tpu-v5-l
 
 RECORD = '''#!/usr/bin/env bash
 { printf '%q ' "$(basename "$0")" "$@"; echo; } >> "$CALLS"
+echo "${SRUN_CPUS_PER_TASK-none}" > "$CALLS.cores"
 case "$(basename "$0") $*" in
   *"queued-resources describe"* | *"kubectl get pod"*)
     head -n 1 "$STATES"; [ "$(wc -l < "$STATES")" = 1 ] || sed -i 1d "$STATES" ;;
@@ -308,6 +309,15 @@ def test_slurm_goes_back_into_the_queue(launch):
     assert (calls[1:] == [['scontrol', 'requeue', '17']]) == requeued
   done, calls = launch('slurm.sbatch', '--dry-run', *FLAGS)
   assert shlex.split(done.stdout)[-len(FLAGS):] == FLAGS and not calls
+
+
+@pytest.mark.parametrize('job, cores', [({'SLURM_CPUS_PER_TASK': '32'}, '32'), ({}, 'none')])
+def test_slurm_s_step_has_the_job_s_cores(launch, tmp_path, monkeypatch, job, cores):
+  """srun reads this variable; it no longer asks for what the job has."""
+  for name in ('SLURM_CPUS_PER_TASK', 'SRUN_CPUS_PER_TASK'):
+    monkeypatch.delenv(name, raising=False)
+  launch('slurm.sbatch', *FLAGS, **job)
+  assert (tmp_path / 'CALLS.cores').read_text() == f'{cores}\n'
 
 
 @pytest.mark.parametrize('restarts, allowed', [('99', {}), ('2', {'LIGHTCLIP_RESTARTS': '3'})])
