@@ -336,6 +336,39 @@ def test_local_processes_get_their_places(launch):
   assert len({line[0] for line in lines}) == 1 and all(line[-len(FLAGS):] == FLAGS for line in lines)
 
 
+GPUS = {   # four of them
+    'nvidia-smi': """printf 'GPU %s: NVIDIA H100 (UUID: GPU-1)\\n  MIG 1g.10gb Device 0: (UUID: MIG-1)\\n' 0 1 2 3""",
+    'trains': 'echo "${JAX_LOCAL_DEVICE_IDS-all}" >> "$CALLS"'}
+
+
+@pytest.fixture
+def launch_on_gpus(launch, tmp_path, monkeypatch):
+  """(arguments, environment) -> what `launch` gives: the calls are the GPUs of each process that is started."""
+  monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+  for name, text in GPUS.items():
+    (tmp_path / 'bin' / name).write_text(f'#!/usr/bin/env bash\n{text}\n')
+    (tmp_path / 'bin' / name).chmod(0o755)
+  environment = {'JAX_PLATFORMS': '', 'PYTHON': str(tmp_path / 'bin/trains'), 'PORT': '1'}
+  return lambda *arguments, **more: launch('local_multihost.sh', *arguments, **environment | more)
+
+
+@pytest.mark.parametrize('count, environment, shares', [
+    (2, {}, ['0,1', '2,3']), (4, {}, ['0', '1', '2', '3']), (2, {'CUDA_VISIBLE_DEVICES': '3,1'}, ['0', '1']),
+    (3, {'JAX_PLATFORMS': 'cpu'}, None), (3, {'CUDA_VISIBLE_DEVICES': ''}, None), (3, {'CUDA_VISIBLE_DEVICES': '-1'}, None)])
+def test_local_processes_share_the_gpus(launch_on_gpus, count, environment, shares):
+  done, calls = launch_on_gpus(str(count), *FLAGS, **environment)
+  assert done.returncode == 0 and sorted(calls) == [[own] for own in shares or ['all'] * count], done.stderr
+  done, calls = launch_on_gpus('--dry-run', str(count), *FLAGS, **environment)
+  assert re.findall(r'JAX_LOCAL_DEVICE_IDS=(\S+)', done.stdout.replace('\\', '')) == (shares or []) and not calls
+
+
+@pytest.mark.parametrize('count', ['3', '8'])
+def test_gpus_that_cannot_be_shared_equally(launch_on_gpus, count):
+  done, calls = launch_on_gpus(count, *FLAGS)
+  assert done.returncode == 2 and done.stderr.count('\n') == 1 and not calls
+  assert f'{count} processes cannot share 4 GPUs equally' in done.stderr
+
+
 @pytest.mark.skipif(sys.platform != 'linux', reason='mimalloc comes with the requirements on Linux only')
 def test_training_takes_its_memory_from_mimalloc(tmp_path):
   loaded = 'import pathlib; print("libmimalloc" in pathlib.Path("/proc/self/maps").read_text())'
