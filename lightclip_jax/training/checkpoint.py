@@ -169,8 +169,12 @@ class Checkpointer:
   def _read(self, step: int, item: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The state, and the JSON half as it was sealed."""
     how = ocp.args.PyTreeRestore(item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item))
+    place = self._manager.directory / str(step)
     with self._failures_by_name(), _reader() as reader:
-      read = reader.restore(self._manager.directory / str(step), ocp.args.Composite(**{STATE: how, RUN: ocp.args.JsonRestore()}))
+      try:
+        read = reader.restore(place, ocp.args.Composite(**{STATE: how, RUN: ocp.args.JsonRestore()}))
+      except FileNotFoundError as error:   # Orbax's and gcsfs's have no number, and would pass for storage that is late
+        raise ValueError(f'a file is not there: {error}') from error
       return read[STATE], _unsealed(read[RUN])
 
   def _keep_aside(self, damaged: Mapping[int, str]) -> None:
