@@ -128,6 +128,14 @@ def _lock(descriptor: int, folder: pathlib.Path, doing: str) -> None:
     pass
 
 
+def make_folder(folder: Path) -> None:
+  """Makes a folder with those above it, if it is not there. In a bucket one is there as long as something is in it."""
+  if in_bucket(folder):
+    write_text(folder / '.folder', 'so that it is there\n')
+  else:
+    folder.mkdir(parents=True, exist_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
   """Writes or replaces a file at once, patiently: no reader, and no later run, finds half of it."""
   patiently(lambda: _write_text(path, text))

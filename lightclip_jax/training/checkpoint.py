@@ -184,8 +184,9 @@ class Checkpointer:
         if jax.process_index() == 0:
           print(f'checkpoint {step} in {str(self._manager.directory)!r} is damaged ({said}); it is kept as {str(place)!r}, '
                 'and the one before is used', file=sys.stderr, flush=True)
-          place.parent.mkdir(parents=True, exist_ok=True)
-          (self._workdir / 'checkpoints' / str(step)).rename(place)
+          with self._failures_by_name():
+            storage.make_folder(place.parent)   # without which nothing is renamed, in a bucket either
+            (self._workdir / 'checkpoints' / str(step)).rename(place)
     self._manager.reload()
 
   def _note_history(self) -> None:
