@@ -222,7 +222,8 @@ class Checkpointer:
   def _failures_by_name(self) -> Iterator[None]:
     """Storage's errors become the system's own, with the folder's name, whichever library raises them."""
     try:
-      yield
+      with storage.bucket_errors():
+        yield
     except (OSError, ValueError) as error:
       code = _code_of(error)
       if code is None:
