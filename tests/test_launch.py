@@ -200,7 +200,8 @@ CONTAINER = {'name!': str, 'image!': str, 'command': [str], 'args': [str], 'port
              'resources!': {'requests!': LABELS, 'limits!': LABELS}, 'volumeMounts': [{'name!': str, 'mountPath!': str}]}
 POD_SPEC = {'restartPolicy!': ('Never', 'OnFailure'), 'terminationGracePeriodSeconds': int, 'serviceAccountName': str,
        'nodeSelector': LABELS, 'containers!': [CONTAINER],
-       'volumes': [{'name!': str, 'persistentVolumeClaim!': {'claimName!': str, 'readOnly': bool}}]}
+       'volumes': [{'name!': str, 'persistentVolumeClaim': {'claimName!': str, 'readOnly': bool},
+                    'emptyDir': {'medium': ('', 'Memory')}}]}
 EXIT_CODES = {'containerName': str, 'operator!': ('In', 'NotIn'), 'values!': [int]}
 JOB = {'parallelism': int, 'completions': int, 'backoffLimit': int, 'template!': {'spec!': POD_SPEC},
        'podFailurePolicy': {'rules!': [{'action!': ('FailJob', 'Ignore', 'Count'), 'onExitCodes': EXIT_CODES}]}}
@@ -248,12 +249,14 @@ def check_job_set(text):
   assert job['parallelism'] == job['completions']
   assert container['resources']['requests'] == container['resources']['limits']
   assert {mount['name'] for mount in container.get('volumeMounts', ())} == {one['name'] for one in pod.get('volumes', ())}
+  assert all(len(one) == 2 for one in pod.get('volumes', ())), 'a name and one source'
   return job, pod, container
 
 
 @pytest.mark.parametrize('old, new', [
     ('kind: JobSet', 'kind: Job'), ('maxRestarts: 100', 'maxRestarts: "100"'), ('restartPolicy: Never', 'restartPolicy: no'),
-    ('replicas: 1', 'replica: 1'), ('name: train', 'nam: train'), ('values: [2]', 'values: []'), ('"16x16"', '16')])
+    ('replicas: 1', 'replica: 1'), ('medium: Memory', 'medium: memory'), ('name: train', 'nam: train'),
+    ('values: [2]', 'values: []'), ('"16x16"', '16')])
 def test_the_schema_notices_what_is_wrong(launch, old, new):
   text = launch('gke/run.sh', *GKE, '--dry-run', '--', *FLAGS)[0].stdout.split('\nkubectl apply', 1)[0]
   check_job_set(text)
@@ -271,6 +274,15 @@ def test_gke_applies_a_valid_job_set_and_follows_it(launch, tmp_path):
   assert pod['volumes'][0]['persistentVolumeClaim']['claimName'] == 'share'
   assert container['volumeMounts'][0]['mountPath'] == '/mnt/share'
   assert [call[1] for call in calls] == ['apply', 'get', 'wait', 'logs']
+
+
+@pytest.mark.parametrize('options', [[], ['--claim=share']])
+def test_gke_s_data_workers_have_memory_to_share(launch, options):
+  """A container has 64 MB by itself, less than one host's batch."""
+  text = launch('gke/run.sh', *GKE, *options, '--dry-run', '--', *FLAGS)[0].stdout.split('\nkubectl apply', 1)[0]
+  _, pod, container = check_job_set(text)
+  mount = next(mount for mount in container['volumeMounts'] if mount['mountPath'] == '/dev/shm')
+  assert {'name': mount['name'], 'emptyDir': {'medium': 'Memory'}} in pod['volumes'] and len(pod['volumes']) == len(options) + 1
 
 
 def test_the_image_holds_what_the_job_set_runs(launch, tmp_path):
