@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs N processes on this machine as one training run, as N hosts would be (CPU, or a share of the GPUs each):
+# Runs N processes on this machine as one training run, as N hosts would be (CPU, or an equal share of the GPUs each):
 #   launch/local_multihost.sh 2 --config=configs/mbv2.py:quickstart --workdir=runs/two
 # Process 0 speaks here; the others only where something is wrong. The exit code is the first one that is not 0.
 set -euo pipefail
@@ -13,9 +13,27 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-.venv/bin/python}
 port=${PORT:-$("${PYTHON:-python3}" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')}
 export JAX_COORDINATOR_ADDRESS=127.0.0.1:$port JAX_NUM_PROCESSES=$count
+gpus=0
+if [[ "${JAX_PLATFORMS:-cuda}" =~ cuda|gpu ]]; then
+  gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ') || gpus=0
+  if ((gpus)) && [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then   # JAX counts those alone
+    IFS=, read -ra visible <<<"${CUDA_VISIBLE_DEVICES#-1}"
+    gpus=${#visible[@]}
+  fi
+fi
+if ((gpus % count)); then
+  echo "error: $count processes cannot share $gpus GPUs equally; N can be a divisor of $gpus (or say JAX_PLATFORMS=cpu)" >&2
+  exit 2
+fi
+share=$((gpus / count))
+place() {   # of process $1: JAX itself would give each all GPUs
+  place=("JAX_PROCESS_ID=$1")
+  ((share == 0)) || place+=("JAX_LOCAL_DEVICE_IDS=$(seq -s, $(($1 * share)) $(($1 * share + share - 1)))")
+}
 if $dry; then
   for ((i = 0; i < count; i++)); do
-    printf '%q ' "JAX_COORDINATOR_ADDRESS=$JAX_COORDINATOR_ADDRESS" "JAX_NUM_PROCESSES=$count" "JAX_PROCESS_ID=$i" \
+    place "$i"
+    printf '%q ' "JAX_COORDINATOR_ADDRESS=$JAX_COORDINATOR_ADDRESS" "JAX_NUM_PROCESSES=$count" "${place[@]}" \
       "$python" -m lightclip_jax.main "$@"
     echo
   done
@@ -26,7 +44,8 @@ processes=()
 trap 'kill -TERM "${processes[@]}" 2>/dev/null || true' TERM INT
 for ((i = 0; i < count; i++)); do
   if ((i)); then exec 3>/dev/null; else exec 3>&1; fi
-  JAX_PROCESS_ID=$i "$python" -m lightclip_jax.main "$@" >&3 &
+  place "$i"
+  env "${place[@]}" "$python" -m lightclip_jax.main "$@" >&3 &
   processes+=($!)
 done
 code=0

@@ -15,7 +15,8 @@ _WRONG_PATH = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EACCES, errno.EP
 def run(main: Callable[[], int | None], debug: bool = False) -> int:
   """Calls `main` and gives the exit code; with `debug`, errors keep their traceback."""
   try:
-    return main() or 0
+    with storage.bucket_errors():
+      return main() or 0
   except UserError as error:
     if debug:
       raise
@@ -31,7 +32,8 @@ def run(main: Callable[[], int | None], debug: bool = False) -> int:
       return 1
     if debug or not (error.errno in _LASTING or storage.passes(error)):
       raise
-    opened = 'the standard output, or a connection' if isinstance(error, BrokenPipeError) else 'a file that is open'
+    opened = ('the standard output, or a connection' if isinstance(error, BrokenPipeError) else
+              'that of the workdir or of the data' if type(error) is ConnectionError else 'a file that is open')
     where = named.filename or opened
     first = 'make room, and' if named.errno in _LASTING else 'when it answers again,'
     print(f'error: {named.strerror or named}: {where}; {first} start the same command again', file=sys.stderr)

@@ -29,8 +29,8 @@ _LEAVE_SECONDS = 10   # for which a process that has found a mistake waits for t
 def find(environment: Mapping[str, str]) -> dict[str, Any] | None:
   """Arguments for `jax.distributed.initialize` from environment variables; None for one process alone.
 
-  In this order: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; SLURM's (one task a node); a TPU slice's,
-  whose hosts JAX itself finds (no arguments).
+  In this order: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; SLURM's (one task a node, or one a GPU); a TPU
+  slice's, whose hosts JAX itself finds (no arguments).
 
   Raises:
     UserError: if some of the three are set and others not, or one is not a number that fits; in a job of several tasks without
@@ -94,6 +94,9 @@ def initialize(timeout: int | None = None) -> None:
   arguments = find(os.environ)
   if arguments is None or arguments.get('num_processes') == 1:
     return
+  # JAX would look at SLURM's variables all the same, and give each task one GPU, by its number on the node: seven of a node's
+  # eight would stay idle. JAX_LOCAL_DEVICE_IDS counts in either case.
+  detection = None if not arguments or _shares_its_node(os.environ) else 'deactivate'
   seconds = _start_timeout(os.environ) if timeout is None else timeout
   advice = (f'process {arguments.get("process_id", "?")} of {arguments.get("num_processes", "?")} waited {seconds} s for the '
             f'others at {arguments.get("coordinator_address", "their addresses")}: start the same command on every host, open '
@@ -102,12 +105,18 @@ def initialize(timeout: int | None = None) -> None:
   late.daemon = True
   late.start()
   try:
-    jax.distributed.initialize(**arguments, initialization_timeout=seconds + 60, heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-                               shutdown_timeout_seconds=30)
+    jax.distributed.initialize(**arguments, cluster_detection_method=detection, initialization_timeout=seconds + 60,
+                               heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=30)
   except (RuntimeError, ValueError) as error:
     raise UserError(f'{advice} ({str(error).splitlines()[0][:120]})') from error
   finally:
     late.cancel()
+
+
+def _shares_its_node(environment: Mapping[str, str]) -> bool:
+  """Whether SLURM runs several tasks on a node, as in "8(x2)" or "2,1": each then takes the GPU of its number."""
+  counts = re.sub(r'\(x\d+\)', '', environment.get('SLURM_STEP_TASKS_PER_NODE', '1'))
+  return set(counts.split(',')) != {'1'}
 
 
 def _start_timeout(environment: Mapping[str, str]) -> int:

@@ -76,18 +76,32 @@ def passes(error: OSError) -> bool:
   return error.errno in PASSING or isinstance(error, (TimeoutError, ConnectionError))
 
 
+@contextlib.contextmanager
+def bucket_errors() -> Iterator[None]:
+  """Makes an error of the body that gcsfs would try again, such as the answer 503, one that `passes`: most are no OSError."""
+  try:
+    yield
+  except Exception as error:
+    gcsfs = sys.modules.get('gcsfs.retry')   # which is imported where there is a bucket
+    if not gcsfs or not gcsfs.is_retriable(error):
+      raise
+    raise ConnectionError(f'the bucket does not answer ({str(error) or type(error).__name__})') from error
+
+
 def patiently(action: Callable[[], T]) -> T:
   """What `action()` returns, which is called again after each of `WAITS` while storage fails with an error that passes."""
   for seconds in WAITS:
     try:
-      return action()
+      with bucket_errors():
+        return action()
     except OSError as error:
       if not passes(error):
         raise
       said = f'{error.strerror}: {error.filename!r}' if error.strerror and error.filename else error
       print(f'{said}; tried again in {seconds:g} s', file=sys.stderr, flush=True)
       time.sleep(seconds)
-  return action()
+  with bucket_errors():
+    return action()
 
 
 @contextlib.contextmanager
@@ -126,6 +140,14 @@ def _lock(descriptor: int, folder: pathlib.Path, doing: str) -> None:
     raise BlockingIOError(error.errno, f'another process {doing} this folder', str(folder)) from error
   except OSError:   # no such locks here
     pass
+
+
+def make_folder(folder: Path) -> None:
+  """Makes a folder with those above it, if it is not there. In a bucket one is there as long as something is in it."""
+  if in_bucket(folder):
+    write_text(folder / '.folder', 'so that it is there\n')
+  else:
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -11,9 +11,22 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 
 class Gcs(MemoryFileSystem):
-  """gs://bucket/name is /bucket/name of its store."""
+  """gs://bucket/name is /bucket/name of its store. There are no folders but those that hold something, as in gcsfs."""
   protocol = ('gs', 'gcs')
-  store, pseudo_dirs = {}, ['']
+  store = {}
+
+  @property
+  def pseudo_dirs(self):
+    return ['']
+
+  def mkdir(self, path, create_parents=True, **_):
+    """Nothing."""
+
+  def makedirs(self, path, exist_ok=False):
+    """Nothing."""
+
+  def rmdir(self, path):
+    """Nothing."""
 
   @classmethod
   def _strip_protocol(cls, path):

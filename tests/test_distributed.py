@@ -71,6 +71,37 @@ def test_a_job_of_several_tasks_needs_srun():
     distributed.find({name: value for name, value in SLURM.items() if name != 'SLURM_STEP_NODELIST'})
 
 
+CONNECTS = '''
+import json, os, sys, jax
+from jax._src import distributed as inner
+from lightclip_jax import distributed
+def stop(*_, **__):
+  raise RuntimeError(jax.config._read('jax_cuda_visible_devices'))
+inner._jax = type('Connections', (), dict(get_distributed_runtime_service=stop, get_distributed_runtime_client=stop))
+clean = dict(os.environ)
+for environment in json.loads(sys.argv[1]):
+  os.environ.clear()
+  os.environ.update(clean | environment)
+  jax.config.update('jax_cuda_visible_devices', 'all')
+  try:
+    distributed.initialize()
+  except distributed.UserError as error:
+    print(error.__cause__)
+'''
+
+
+def test_a_task_of_slurm_takes_all_gpus_of_its_node():
+  """What JAX itself has set when it is about to connect."""
+  alone = SLURM | dict(SLURM_LOCALID='0', SLURM_STEP_TASKS_PER_NODE='1(x2)')
+  environments, devices = zip(
+      (alone, 'all'), (alone | PLAIN, 'all'), (alone | dict(JAX_LOCAL_DEVICE_IDS='2,3'), '2,3'),
+      (alone | dict(SLURM_LOCALID='1', SLURM_STEP_TASKS_PER_NODE='2'), '1'), strict=True)
+  clean = {name: value for name, value in os.environ.items() if not name.startswith(('TPU_', 'JAX_', 'SLURM_'))}
+  done = subprocess.run([sys.executable, '-c', CONNECTS, json.dumps(environments)], env=clean, text=True,
+                        capture_output=True)
+  assert done.stdout.split() == [*devices], done.stderr
+
+
 @pytest.mark.parametrize('changes, part', [
     (dict(JAX_PROCESS_ID=''), 'JAX_PROCESS_ID is not set'), (dict(JAX_PROCESS_ID='4'), "'4'"),
     (dict(JAX_NUM_PROCESSES='two'), "'two'"), (dict(JAX_COORDINATOR_ADDRESS='host'), 'HOST:PORT')])

@@ -18,6 +18,7 @@ GKE = ['--name=clip', '--image=example.com/lightclip:1', '--accelerator=tpu-v5-l
 
 RECORD = '''#!/usr/bin/env bash
 { printf '%q ' "$(basename "$0")" "$@"; echo; } >> "$CALLS"
+echo "${SRUN_CPUS_PER_TASK-none}" > "$CALLS.cores"
 case "$(basename "$0") $*" in
   *"queued-resources describe"* | *"kubectl get pod"*)
     head -n 1 "$STATES"; [ "$(wc -l < "$STATES")" = 1 ] || sed -i 1d "$STATES" ;;
@@ -199,7 +200,8 @@ CONTAINER = {'name!': str, 'image!': str, 'command': [str], 'args': [str], 'port
              'resources!': {'requests!': LABELS, 'limits!': LABELS}, 'volumeMounts': [{'name!': str, 'mountPath!': str}]}
 POD_SPEC = {'restartPolicy!': ('Never', 'OnFailure'), 'terminationGracePeriodSeconds': int, 'serviceAccountName': str,
        'nodeSelector': LABELS, 'containers!': [CONTAINER],
-       'volumes': [{'name!': str, 'persistentVolumeClaim!': {'claimName!': str, 'readOnly': bool}}]}
+       'volumes': [{'name!': str, 'persistentVolumeClaim': {'claimName!': str, 'readOnly': bool},
+                    'emptyDir': {'medium': ('', 'Memory')}}]}
 EXIT_CODES = {'containerName': str, 'operator!': ('In', 'NotIn'), 'values!': [int]}
 JOB = {'parallelism': int, 'completions': int, 'backoffLimit': int, 'template!': {'spec!': POD_SPEC},
        'podFailurePolicy': {'rules!': [{'action!': ('FailJob', 'Ignore', 'Count'), 'onExitCodes': EXIT_CODES}]}}
@@ -247,12 +249,14 @@ def check_job_set(text):
   assert job['parallelism'] == job['completions']
   assert container['resources']['requests'] == container['resources']['limits']
   assert {mount['name'] for mount in container.get('volumeMounts', ())} == {one['name'] for one in pod.get('volumes', ())}
+  assert all(len(one) == 2 for one in pod.get('volumes', ())), 'a name and one source'
   return job, pod, container
 
 
 @pytest.mark.parametrize('old, new', [
     ('kind: JobSet', 'kind: Job'), ('maxRestarts: 100', 'maxRestarts: "100"'), ('restartPolicy: Never', 'restartPolicy: no'),
-    ('replicas: 1', 'replica: 1'), ('name: train', 'nam: train'), ('values: [2]', 'values: []'), ('"16x16"', '16')])
+    ('replicas: 1', 'replica: 1'), ('medium: Memory', 'medium: memory'), ('name: train', 'nam: train'),
+    ('values: [2]', 'values: []'), ('"16x16"', '16')])
 def test_the_schema_notices_what_is_wrong(launch, old, new):
   text = launch('gke/run.sh', *GKE, '--dry-run', '--', *FLAGS)[0].stdout.split('\nkubectl apply', 1)[0]
   check_job_set(text)
@@ -270,6 +274,15 @@ def test_gke_applies_a_valid_job_set_and_follows_it(launch, tmp_path):
   assert pod['volumes'][0]['persistentVolumeClaim']['claimName'] == 'share'
   assert container['volumeMounts'][0]['mountPath'] == '/mnt/share'
   assert [call[1] for call in calls] == ['apply', 'get', 'wait', 'logs']
+
+
+@pytest.mark.parametrize('options', [[], ['--claim=share']])
+def test_gke_s_data_workers_have_memory_to_share(launch, options):
+  """A container has 64 MB by itself, less than one host's batch."""
+  text = launch('gke/run.sh', *GKE, *options, '--dry-run', '--', *FLAGS)[0].stdout.split('\nkubectl apply', 1)[0]
+  _, pod, container = check_job_set(text)
+  mount = next(mount for mount in container['volumeMounts'] if mount['mountPath'] == '/dev/shm')
+  assert {'name': mount['name'], 'emptyDir': {'medium': 'Memory'}} in pod['volumes'] and len(pod['volumes']) == len(options) + 1
 
 
 def test_the_image_holds_what_the_job_set_runs(launch, tmp_path):
@@ -310,6 +323,15 @@ def test_slurm_goes_back_into_the_queue(launch):
   assert shlex.split(done.stdout)[-len(FLAGS):] == FLAGS and not calls
 
 
+@pytest.mark.parametrize('job, cores', [({'SLURM_CPUS_PER_TASK': '32'}, '32'), ({}, 'none')])
+def test_slurm_s_step_has_the_job_s_cores(launch, tmp_path, monkeypatch, job, cores):
+  """srun reads this variable; it no longer asks for what the job has."""
+  for name in ('SLURM_CPUS_PER_TASK', 'SRUN_CPUS_PER_TASK'):
+    monkeypatch.delenv(name, raising=False)
+  launch('slurm.sbatch', *FLAGS, **job)
+  assert (tmp_path / 'CALLS.cores').read_text() == f'{cores}\n'
+
+
 @pytest.mark.parametrize('restarts, allowed', [('99', {}), ('2', {'LIGHTCLIP_RESTARTS': '3'})])
 def test_slurm_does_not_go_back_for_ever(launch, restarts, allowed):
   _, calls = launch('slurm.sbatch', *FLAGS, codes=(76,), SLURM_RESTART_COUNT=restarts, **allowed)
@@ -324,6 +346,39 @@ def test_local_processes_get_their_places(launch):
   lines = [shlex.split(line) for line in done.stdout.splitlines()]
   assert [line[2] for line in lines] == [f'JAX_PROCESS_ID={i}' for i in range(3)]
   assert len({line[0] for line in lines}) == 1 and all(line[-len(FLAGS):] == FLAGS for line in lines)
+
+
+GPUS = {   # four of them
+    'nvidia-smi': """printf 'GPU %s: NVIDIA H100 (UUID: GPU-1)\\n  MIG 1g.10gb Device 0: (UUID: MIG-1)\\n' 0 1 2 3""",
+    'trains': 'echo "${JAX_LOCAL_DEVICE_IDS-all}" >> "$CALLS"'}
+
+
+@pytest.fixture
+def launch_on_gpus(launch, tmp_path, monkeypatch):
+  """(arguments, environment) -> what `launch` gives: the calls are the GPUs of each process that is started."""
+  monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+  for name, text in GPUS.items():
+    (tmp_path / 'bin' / name).write_text(f'#!/usr/bin/env bash\n{text}\n')
+    (tmp_path / 'bin' / name).chmod(0o755)
+  environment = {'JAX_PLATFORMS': '', 'PYTHON': str(tmp_path / 'bin/trains'), 'PORT': '1'}
+  return lambda *arguments, **more: launch('local_multihost.sh', *arguments, **environment | more)
+
+
+@pytest.mark.parametrize('count, environment, shares', [
+    (2, {}, ['0,1', '2,3']), (4, {}, ['0', '1', '2', '3']), (2, {'CUDA_VISIBLE_DEVICES': '3,1'}, ['0', '1']),
+    (3, {'JAX_PLATFORMS': 'cpu'}, None), (3, {'CUDA_VISIBLE_DEVICES': ''}, None), (3, {'CUDA_VISIBLE_DEVICES': '-1'}, None)])
+def test_local_processes_share_the_gpus(launch_on_gpus, count, environment, shares):
+  done, calls = launch_on_gpus(str(count), *FLAGS, **environment)
+  assert done.returncode == 0 and sorted(calls) == [[own] for own in shares or ['all'] * count], done.stderr
+  done, calls = launch_on_gpus('--dry-run', str(count), *FLAGS, **environment)
+  assert re.findall(r'JAX_LOCAL_DEVICE_IDS=(\S+)', done.stdout.replace('\\', '')) == (shares or []) and not calls
+
+
+@pytest.mark.parametrize('count', ['3', '8'])
+def test_gpus_that_cannot_be_shared_equally(launch_on_gpus, count):
+  done, calls = launch_on_gpus(count, *FLAGS)
+  assert done.returncode == 2 and done.stderr.count('\n') == 1 and not calls
+  assert f'{count} processes cannot share 4 GPUs equally' in done.stderr
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='mimalloc comes with the requirements on Linux only')

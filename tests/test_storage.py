@@ -88,20 +88,46 @@ def test_a_run_continues_from_its_bucket():
   with pytest.raises(UserError, match='another config'):
     checks.claim_workdir(workdir, config_lib.replace(CONFIG, train=dict(steps=7)))
 
-  place = sharding.batch_sharding(mesh := sharding.make_mesh(config_lib.Mesh()))
-  step, moment = jax.device_put((jnp.int32(3), jnp.ones((3, 2))), jax.sharding.NamedSharding(mesh, jax.P()))
-  state = TrainState(step, {'w': jax.device_put(jnp.arange(16.0), place)}, {}, {'m': moment}, None)
+  state = state_of_three()
   for step in (3, 4):
     saver = checkpoint.Checkpointer(workdir, config_lib.Checkpoint(keep=1))
     saver.save(step, state, checkpoint.RunState({'next_batch': step}, {}, {}, {}, ''))
     saver.close()
-  saver = checkpoint.Checkpointer(workdir, config_lib.Checkpoint(keep=1))
-  like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
-  restored, run = saver.restore(like)
-  saver.close()
+  restored, run = restore(workdir, state)
   assert run.iterator == {'next_batch': 4}
   jax.tree.map(np.testing.assert_array_equal, restored, state)
   assert sorted(child.name for child in (workdir / 'checkpoints').iterdir()) == ['4'], 'the oldest is deleted'
+
+
+def state_of_three():
+  """A state on all devices, of step 3."""
+  place = sharding.batch_sharding(mesh := sharding.make_mesh(config_lib.Mesh()))
+  step, moment = jax.device_put((jnp.int32(3), jnp.ones((3, 2))), jax.sharding.NamedSharding(mesh, jax.P()))
+  return TrainState(step, {'w': jax.device_put(jnp.arange(16.0), place)}, {}, {'m': moment}, None)
+
+
+def restore(workdir, state):
+  saver = checkpoint.Checkpointer(workdir, config_lib.Checkpoint(keep=2))
+  like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
+  found = saver.restore(like)
+  saver.close()
+  return found
+
+
+def test_a_damaged_checkpoint_is_kept_aside_in_its_bucket(capsys):
+  """A bucket has no folder `damaged` before something is in it."""
+  workdir, state = storage.path('gs://clip/runs/damaged'), state_of_three()
+  saver = checkpoint.Checkpointer(workdir, config_lib.Checkpoint(keep=2))
+  for step in (3, 4):
+    saver.save(step, state, checkpoint.RunState({'next_batch': step}, {}, {}, {}, ''))
+  saver.close()
+  Gcs().rm(next(name for name in Gcs.store if name.startswith('/clip/runs/damaged/checkpoints/4/run/')))
+  for _ in range(2):
+    assert restore(workdir, state)[1].iterator == {'next_batch': 3}
+  said = [line for line in capsys.readouterr().err.splitlines() if 'is damaged' in line]
+  place, = [child for child in (workdir / 'damaged').iterdir() if child.name.startswith('4-')]
+  assert len(said) == 1 and str(place) in said[0] and (place / 'state').is_dir()
+  assert [child.name for child in (workdir / 'checkpoints').iterdir()] == ['3']
 
 
 def test_logs_and_report_reach_the_bucket(monkeypatch):

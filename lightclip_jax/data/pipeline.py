@@ -241,13 +241,16 @@ class TrainBatches(Iterator[Batch]):
   def _read(self) -> Batch:
     """The next batch; where a worker has died (it was killed, or memory was short), from new ones, up to `_STARTS` times."""
     for start in range(_STARTS):
-      if not self._running:
-        dataset = train_dataset(self._folder, self._options, **self._arguments, first_batch=self._next_batch)
-        self._running.append(iter(dataset))
       try:
+        if not self._running:
+          dataset = train_dataset(self._folder, self._options, **self._arguments, first_batch=self._next_batch)
+          self._running.append(iter(dataset))
         return next(self._running[0])
-      except RuntimeError as error:
+      except (RuntimeError, OSError) as error:
         code = re.search(r'Worker process was terminated unexpectedly with exit code (-?\d+)', str(error))
+        workers = worker_count(self._options.workers)
+        if workers and (why := processes.short_of_memory(error, int(code[1]) if code else 0, workers * self._bytes_a_worker)):
+          raise UserError(why) from error
         if not code:
           raise
         said = f'a data worker of process {self._arguments["process_index"]} died (exit code {code[1]}) before batch'
@@ -255,6 +258,12 @@ class TrainBatches(Iterator[Batch]):
           raise UserError(f'{said} {self._next_batch}, {_STARTS} times; see the log above, and the free memory') from error
         print(f'{said} {self._next_batch}; new ones start there', file=sys.stderr, flush=True)
         self.close()
+
+  @property
+  def _bytes_a_worker(self) -> int:
+    """Of the images that one may hold at once: those that are ready, one that is made, one that is read."""
+    share = self._arguments['batch_size'] // self._arguments['process_count']
+    return (self._options.prefetch + 2) * share * self._arguments['image_size'] ** 2 * 3
 
   def faults(self) -> dict[str, int]:
     """How many records this host's batches had to leave out since the run began, by reason (`faults.REASONS`)."""

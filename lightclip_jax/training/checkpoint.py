@@ -185,8 +185,12 @@ class Checkpointer:
   def _read(self, step: int, item: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The state, and the JSON half as it was sealed."""
     how = ocp.args.PyTreeRestore(item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item))
+    place = self._manager.directory / str(step)
     with self._failures_by_name(), _reader() as reader:
-      read = reader.restore(self._manager.directory / str(step), ocp.args.Composite(**{STATE: how, RUN: ocp.args.JsonRestore()}))
+      try:
+        read = reader.restore(place, ocp.args.Composite(**{STATE: how, RUN: ocp.args.JsonRestore()}))
+      except FileNotFoundError as error:   # Orbax's and gcsfs's have no number, and would pass for storage that is late
+        raise ValueError(f'a file is not there: {error}') from error
       return read[STATE], _unsealed(read[RUN])
 
   def _keep_aside(self, damaged: Mapping[int, str]) -> None:
@@ -196,8 +200,9 @@ class Checkpointer:
         if jax.process_index() == 0:
           print(f'checkpoint {step} in {str(self._manager.directory)!r} is damaged ({said}); it is kept as {str(place)!r}, '
                 'and the one before is used', file=sys.stderr, flush=True)
-          place.parent.mkdir(parents=True, exist_ok=True)
-          (self._workdir / 'checkpoints' / str(step)).rename(place)
+          with self._failures_by_name():
+            storage.make_folder(place.parent)   # without which nothing is renamed, in a bucket either
+            (self._workdir / 'checkpoints' / str(step)).rename(place)
     self._manager.reload()
 
   def _note_history(self) -> None:
@@ -233,7 +238,8 @@ class Checkpointer:
   def _failures_by_name(self) -> Iterator[None]:
     """Storage's errors become the system's own, with the folder's name, whichever library raises them."""
     try:
-      yield
+      with storage.bucket_errors():
+        yield
     except (OSError, ValueError) as error:
       code = _code_of(error)
       if code is None:

@@ -11,7 +11,7 @@ import struct
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -134,7 +134,7 @@ class MetricWriter:
   """
 
   def __init__(self, workdir: storage.Path, resume_step: int) -> None:
-    self._workdir, self._copied = workdir, time.monotonic()
+    self._workdir, self._copied, self._failed = workdir, time.monotonic(), False
     self._local = pathlib.Path(tempfile.mkdtemp()) if storage.in_bucket(workdir) else workdir
     old, path, kept = workdir / 'metrics.jsonl', self._local / 'metrics.jsonl', []
     if old.exists():
@@ -158,17 +158,33 @@ class MetricWriter:
     self._event(step=step, summary=Summary(value=[
       Summary.Value(tag=name, simple_value=value) for name, value in values.items()]))
     if time.monotonic() - self._copied > COPY_SECONDS:
-      self.flush()
+      self._try_to_copy(lambda copy: copy())   # not patiently: a step waits
 
   def flush(self) -> None:
-    """Brings what is written into the workdir, patiently."""
+    """Brings what is written into the workdir, patiently. Where storage does not take it, that is told, and done later."""
+    self._try_to_copy(storage.patiently)
+
+  def _try_to_copy(self, attempt: Callable[[Callable[[], int]], int]) -> None:
+    try:
+      with storage.bucket_errors():
+        self._copy(attempt)
+      self._failed = False
+    except OSError as error:
+      if not storage.passes(error):
+        raise
+      if not self._failed:
+        print(f'the log is not copied to {str(self._workdir)!r} ({error}); training goes on, and it is tried again: all of it '
+              f'is in {str(self._local)!r}', file=sys.stderr, flush=True)
+      self._failed = True
+    self._copied = time.monotonic()
+
+  def _copy(self, attempt: Callable[[Callable[[], int]], int]) -> None:
     if self._local == self._workdir:
       return
     for file in self._local.rglob('*.*'):
       place = self._workdir / file.relative_to(self._local)
       place.parent.mkdir(parents=True, exist_ok=True)
-      storage.patiently(functools.partial(place.write_bytes, file.read_bytes()))
-    self._copied = time.monotonic()
+      attempt(functools.partial(place.write_bytes, file.read_bytes()))
 
   def _event(self, **values: Any) -> None:
     """Appends a record of TensorBoard's: its length and content, each with a checksum."""
@@ -177,10 +193,10 @@ class MetricWriter:
     self._board.write(b''.join(part + struct.pack('<I', masked_crc32c(part)) for part in parts))
 
   def close(self) -> None:
-    """Flushes everything."""
+    """Writes everything, patiently. Raises OSError where storage does not take it."""
     self._file.close()
     self._board.close()
-    self.flush()
+    self._copy(storage.patiently)
     if self._local != self._workdir:
       shutil.rmtree(self._local)
 

@@ -1,5 +1,6 @@
 """The order of examples: what it depends on, what it must not depend on, and how it continues."""
 import collections
+import errno
 import itertools
 import json
 import multiprocessing
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
 
 import grain
 import numpy as np
@@ -18,7 +20,7 @@ import pytest
 
 import lightclip_jax
 from lightclip_jax import config
-from lightclip_jax.data import faults, manifest, pipeline, sources
+from lightclip_jax.data import faults, manifest, pipeline, processes, sources
 from lightclip_jax.data.datasets import shapes
 from lightclip_jax.data.sources import mixture
 from lightclip_jax.errors import UserError
@@ -349,6 +351,53 @@ def test_workers_that_die_again_and_again_end_the_run(shapes_folder, monkeypatch
   monkeypatch.setattr(pipeline, 'train_dataset', lambda *_, **__: Dead())
   with pytest.raises(UserError, match='a data worker of process 0 died .exit code -9. before batch 0, 3 times'):
     next(batches)
+
+
+FULL = r'^/dev/shm is full: it has 64.0 MB, .* need up to 0.1 MB; make it larger .*--shm-size.* data.workers=0$'
+NO_SPACE = OSError(errno.ENOSPC, 'No space left on device')
+DIED = 'Worker process was terminated unexpectedly with exit code '
+
+
+@pytest.mark.parametrize('error, free, raised, said', [
+    (NO_SPACE, 1, UserError, FULL), (NO_SPACE, 1 << 30, OSError, 'No space'),
+    (OSError(errno.ENOSPC, 'No space left on device', '/tmp/x'), 1, OSError, 'No space'),
+    (OSError(errno.EIO, 'I/O'), 1, OSError, 'I/O'),
+    (RuntimeError(f'{DIED}-7'), 1, UserError, FULL), (RuntimeError(f'{DIED}-7'), 1 << 30, UserError, '3 times; see'),
+    (RuntimeError(f'{DIED}-9'), 1, UserError, '3 times; see')])
+@pytest.mark.skipif(not os.path.isdir('/dev/shm'), reason='shared memory that is no folder')
+def test_a_full_dev_shm_is_named(shapes_folder, monkeypatch, error, free, raised, said):
+  """As a mistake, at once: new workers would find it as full."""
+  def fail(*_, **__):
+    raise error
+  monkeypatch.setattr(processes.shutil, 'disk_usage', lambda path: types.SimpleNamespace(total=64_000_000, free=free))
+  batches = _batches(shapes_folder, workers=2)
+  monkeypatch.setattr(pipeline, 'train_dataset', fail)
+  with pytest.raises(raised, match=said):
+    next(batches)
+
+
+@pytest.mark.slow
+def test_workers_whose_dev_shm_is_too_small(shapes_folder, tmp_path):
+  program = tmp_path / 'program.py'
+  program.write_text(textwrap.dedent(f'''
+    import sys
+    from lightclip_jax import cli, config
+    from lightclip_jax.data import pipeline
+    def main():
+      batches = pipeline.train_batches({str(shapes_folder)!r}, config.replace(config.Data(), workers=2), image_size=64,
+                                       context=20, batch_size=64, seed=0)
+      for _ in range(9):
+        next(batches)
+    if __name__ == '__main__':
+      sys.exit(cli.run(main))
+  '''))
+  alone = ['unshare', '--mount', '--map-root-user', 'bash', '-c']
+  small = 'mount -t tmpfs -o size=1m tmpfs /dev/shm'
+  if subprocess.run([*alone, small], capture_output=True).returncode:
+    pytest.skip('nothing can be mounted here')
+  done = subprocess.run([*alone, f'{small} && exec "$@"', '-', sys.executable, program], env=_environment(), text=True,
+                        capture_output=True, timeout=300)
+  assert done.returncode == 2 and 'error: /dev/shm is full: it has 1.0 MB, ' in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize('how', [signal.SIGINT, signal.SIGKILL])

@@ -83,6 +83,7 @@ def cut(file, share):
 DAMAGE = {
     'arrays are gone': lambda folder: shutil.rmtree(folder / 'state'),
     'run state is gone': lambda folder: shutil.rmtree(folder / 'run'),
+    'the file of the run state is gone': lambda folder: (folder / 'run' / 'metadata').unlink(),
     'run state is empty': lambda folder: (folder / 'run' / 'metadata').write_text(''),
     'run state is cut': lambda folder: cut(folder / 'run' / 'metadata', 0.5),
     'run state is another type': lambda folder: (folder / 'run' / 'metadata').write_text('[1, 2]'),

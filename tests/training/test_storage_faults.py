@@ -6,7 +6,9 @@ import json
 import pathlib
 import re
 import struct
+import sys
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -213,6 +215,61 @@ def test_the_logs_reach_a_bucket_at_the_third_attempt(tmp_path, monkeypatch):
     assert len(twice.calls) == 4, 'two files, one of them at the third attempt'
     writer.close()
   assert json.loads((tmp_path / 'metrics.jsonl').read_text()) == {'step': 1, 'train/loss': 1.0}
+
+
+def test_training_goes_on_while_the_bucket_takes_no_log(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(storage, 'in_bucket', lambda path: path == tmp_path)
+  monkeypatch.setattr(metrics, 'COPY_SECONDS', -1)
+  writer = metrics.MetricWriter(tmp_path, 0)
+  with monkeypatch.context() as patch:
+    patch.setattr(pathlib.Path, 'write_bytes', always := failing(99, error=TimeoutError('late')))
+    for step in (1, 2):
+      writer.write(step, {'train/loss': 1.0})
+    assert len(always.calls) == 2, 'not patiently: a step waits'
+    writer.flush()
+    said = [line for line in capsys.readouterr().err.splitlines() if 'tried again in' not in line]
+    assert len(said) == 1 and 'late' in said[0] and str(tmp_path) in said[0] and str(writer._local) in said[0]
+  writer.write(3, {'train/loss': 1.0})
+  with monkeypatch.context() as patch:
+    patch.setattr(pathlib.Path, 'write_bytes', failing(1, error=OSError(errno.EACCES, 'not allowed')))
+    with pytest.raises(PermissionError):   # which does not pass
+      writer.write(4, {'train/loss': 1.0})
+    patch.setattr(pathlib.Path, 'write_bytes', failing(99, error=TimeoutError('late')))
+    assert cli.run(writer.close) == 1 and (writer._local / 'metrics.jsonl').exists()
+  assert [json.loads(line)['step'] for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()] == [1, 2, 3]
+
+
+class HttpError(Exception):
+  """As gcsfs's, which is no OSError."""
+
+
+@pytest.fixture
+def gcsfs(monkeypatch):
+  """As much of it as is asked; it need not be installed."""
+  retry = types.SimpleNamespace(is_retriable=lambda error: isinstance(error, HttpError) and error.args == ('busy, 503',))
+  monkeypatch.setitem(sys.modules, 'gcsfs.retry', retry)
+
+
+@pytest.mark.usefixtures('gcsfs')
+def test_a_bucket_that_is_busy_is_asked_again(capsys):
+  assert storage.patiently(twice := failing(2, error=HttpError('busy, 503'))) == 'done' and len(twice.calls) == 3
+  assert 'the bucket does not answer (busy, 503); tried again in' in capsys.readouterr().err
+  with pytest.raises(HttpError, match='400'):
+    storage.patiently(once := failing(1, error=HttpError('wrong, 400')))
+  assert len(once.calls) == 1
+  assert cli.run(failing(1, error=HttpError('busy, 503'))) == 1
+  said = capsys.readouterr().err
+  assert said.startswith('error: the bucket does not answer (busy, 503): that of the workdir or') and said.count('\n') == 1
+
+
+@pytest.mark.usefixtures('gcsfs')
+def test_a_save_into_a_bucket_that_is_busy_is_tried_again(tmp_path, monkeypatch, capsys):
+  with keeper_of(tmp_path) as keeper:
+    monkeypatch.setattr(keeper._manager, 'save', failing(1, keeper._manager.save, HttpError('busy, 503')))
+    keeper.save(1, state_of(1), run_of(1))
+    assert 'checkpoint 1 is not saved' in capsys.readouterr().err
+    keeper.save(2, state_of(2), run_of(2), wait=True)
+  assert restored(tmp_path) == 2
 
 
 def test_tensorboard_s_records_are_whole(tmp_path):
