@@ -251,6 +251,30 @@ def test_memory_is_linear_and_no_batch_is_gathered(mebibytes, options):
   assert not re.search(r'\[8192,(8192|512)\]', text)   # neither the matrix nor a whole batch of embeddings
 
 
+@pytest.mark.parametrize('size', [2047, 1025])
+def test_blocks_are_as_small_where_they_do_not_divide_the_batch(size, monkeypatch):
+  monkeypatch.setattr(ring, 'BLOCK_ELEMENTS', 8 * 2048)   # a last block of 255 rows needed 30 times as much
+
+  def temporaries(size):
+    pair = [jax.ShapeDtypeStruct((size, D), jnp.float32)] * 2
+    f = jax.jit(jax.grad(lambda *pair: softened_contrastive_loss(*pair, 10.0)[0]))
+    return f.lower(*pair).compile().memory_analysis().temp_size_in_bytes
+  assert temporaries(size) <= 1.5 * temporaries(2048)
+
+
+@pytest.mark.parametrize(('length', 'most', 'runs'), [
+  (6, 8, {6}), (12, 4, {4}), (12, 5, {4}), (9, 8, {5, 4}), (23, 4, {4, 3}), (65535, 8, {8, 7}), (7, 1, {1})])
+def test_rows_are_scanned_in_even_runs(length, most, runs):
+  xs, seen = np.arange(length), set()
+
+  def count(total, rows):
+    seen.add(len(rows))
+    return total + rows.sum(), rows + 1
+  total, ys = ring._scan_rows(count, 0, jnp.asarray(xs), most)
+  np.testing.assert_array_equal(ys, xs + 1)
+  assert total == xs.sum() and seen == runs
+
+
 @pytest.mark.parametrize(('message', 'change'), [
   (r'\(8, 32\).*\(6, 32\)', dict(text=np.zeros((6, 32)))),
   (r'\(8, 32\).*\(8, 16\)', dict(text=np.zeros((8, 16)))),
