@@ -233,16 +233,21 @@ def _sum(setting: _Setting, logits: jax.Array, target: jax.Array, masks: Any, ax
   most = lambda mask, x: jnp.max(jnp.where(mask, x, _NEVER), axis)  # noqa: E731
   count = lambda mask: jnp.sum(mask, axis, dtype=jnp.float32)  # noqa: E731
   best = most(counted, logits)
-  found = dict(best=best, total=total(counted, jnp.exp(logits - jnp.expand_dims(best, axis))),
+  found = dict(best=best, total=jnp.sum(_exp(counted, logits - jnp.expand_dims(best, axis)), axis),
                own=total(own, logits), own_count=count(own), right=most(copy, logits), wrong=most(~copy, logits),
                copies=count(copy))
   if setting.targets != 'hard':
     found |= dict(other=total(other, logits), other_count=count(other))
   if setting.targets == 'similarity':
     best = most(other, target)
-    weight = jnp.where(other, jnp.exp(target - jnp.expand_dims(best, axis)), 0.0)
+    weight = _exp(other, target - jnp.expand_dims(best, axis))
     found |= dict(target_best=best, target_total=jnp.sum(weight, axis), target_sum=jnp.sum(weight * logits, axis))
   return dataclasses.replace(_Sums.zeros(best.shape[0]), **found)
+
+
+def _exp(mask: jax.Array, x: jax.Array) -> jax.Array:
+  """exp(x), 0 outside the mask: x may be large there, and the derivative of an infinite number that is left out is NaN."""
+  return jnp.exp(jnp.where(mask, x, _NEVER))
 
 
 def _merge(x: _Sums, y: _Sums) -> _Sums:
@@ -276,7 +281,7 @@ def _slope(setting: _Setting, targets: _Targets, logits: jax.Array, target: jax.
   """softmax - y of one direction, the derivative of its cross-entropy by the block's logits [r, c]."""
   own, other, counted, _ = masks
   along = lambda x: jnp.expand_dims(x, axis)  # noqa: E731
-  slope = jnp.where(counted, jnp.exp(logits - along(targets.log_norm)), 0.0) - jnp.where(own, along(targets.own), 0.0)
+  slope = _exp(counted, logits - along(targets.log_norm)) - jnp.where(own, along(targets.own), 0.0)
   if setting.targets == 'hard':
     return slope
   y = along(targets.uniform)

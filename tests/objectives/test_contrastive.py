@@ -336,6 +336,18 @@ def test_the_gradient_of_a_gradient_leaves_the_targets_alone():
   np.testing.assert_allclose(first, second, atol=1e-4 * np.abs(second).max())
 
 
+@pytest.mark.parametrize('mode', MODES)
+def test_the_gradient_of_a_gradient_is_finite_at_the_largest_scale(mode):
+  axes, ids = np.eye(5, dtype=np.float32), jnp.array([0, 0, 1, 2])
+  image, text = axes[[0, 0, 1, 2]], axes[[0, 0, 3, 4]]
+  image[0] *= -1   # the duplicate, which is ignored, lies e^100 above all that is counted
+
+  def steepness(image, scale):
+    f = lambda *x: softened_contrastive_loss(x[0], text, x[1], alpha=0.3, beta=0.5, duplicate_ids=ids, duplicates=mode)[0]  # noqa: E731
+    return sum(jnp.sum(g ** 2) for g in jax.grad(f, (0, 1))(image, scale))
+  assert all(np.isfinite(g).all() for g in jax.jit(jax.grad(steepness, (0, 1)))(jnp.asarray(image), 100.0))
+
+
 def test_sigmoid_names_a_bad_bias():
   with pytest.raises(ValueError, match=r'logit_bias.*\(3,\)'):
     sigmoid_contrastive_loss(np.zeros((8, 32)), np.zeros((8, 32)), 1.0, np.zeros(3))
