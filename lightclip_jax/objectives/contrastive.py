@@ -96,7 +96,7 @@ def softened_contrastive_loss(
       or traced scalars; neither these nor the targets receive a gradient.
     target_temperature: T of the softmax that makes similarity targets.
     target_source: "cross" takes image-text similarity, "intra" that of the candidates' own modality.
-    duplicate_ids: int32 [B], equal for equal captions; None: all distinct.
+    duplicate_ids: int [B] of any width, equal for equal captions; None: all distinct.
     duplicates: "negative" ignores ids, "positive" shares the mass 1 - alpha among equal captions, "ignore" takes them
       out of the softmax.
     mesh, axes: where the batch is sharded, B over `axes`; None: one device.
@@ -119,7 +119,7 @@ def softened_contrastive_loss(
   hard, uniform = (_concrete(x) and float(x) == 0 for x in (alpha, beta))
   setting = _Setting(ring, target_source, duplicates, 'hard' if hard else 'uniform' if uniform else 'similarity')
   numbers = tuple(jnp.asarray(x, jnp.float32).reshape(()) for x in (logit_scale, alpha, beta, target_temperature))
-  data = image_embeddings_BxD.astype(jnp.float32), text_embeddings_BxD.astype(jnp.float32), duplicate_ids
+  data = image_embeddings_BxD.astype(jnp.float32), text_embeddings_BxD.astype(jnp.float32), _ids(duplicate_ids)
   (forth, back), metrics = _loss(setting, *ring.placed(data), *numbers)
   loss = (forth + back) / 2
   over_log = jax.lax.stop_gradient(loss) / jnp.log(float(max(batch, 2)))
@@ -134,6 +134,13 @@ def check_embeddings(image_BxD: jax.Array, text_BxD: jax.Array, logit_scale: jax
   if jnp.size(logit_scale) != 1:
     raise UserError(f'logit_scale has shape {jnp.shape(logit_scale)}; it must be a scalar')
   ring.check(image_BxD.shape[0])
+
+
+def _ids(x: jax.Array | None) -> jax.Array | None:
+  """At least as wide as the ring can carry."""
+  if x is None or jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize >= 4:
+    return x
+  return x.astype(jnp.int32)
 
 
 def _concrete(x: Any) -> bool:

@@ -102,6 +102,14 @@ def test_reference_gradient_is_the_slope_of_its_loss():
     np.testing.assert_allclose((moved[0] - moved[1]) / 2, expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize('dtype', [np.int8, np.uint16])
+def test_ids_of_any_width_travel(dtype):
+  image, text, ids = reference.unit(0, 16, D), reference.unit(1, 16, D), np.arange(16) // 2
+  f = compiled(make_mesh(2), 'data', 'cross', 'positive')
+  both = (f(image, text, 10.0, 0.3, 0.5, ids.astype(kind)) for kind in (dtype, np.int32))
+  jax.tree.map(np.testing.assert_array_equal, *both)
+
+
 def test_alpha_0_is_clip():
   image, text = reference.unit(0, 48, D), reference.unit(1, 48, D)
   logits = 10 * image.astype(np.float64) @ text.T
