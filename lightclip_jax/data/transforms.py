@@ -123,7 +123,7 @@ def _open(data: bytes) -> PIL.Image.Image:
 def _decode_any(data: bytes) -> np.ndarray:
   """Slower, for what the others do not read: palettes, grey images, rotated ones and rare formats."""
   try:
-    return to_rgb(PIL.ImageOps.exif_transpose(_open(data)))
+    return to_rgb(_open(data))
   except BadRecord:
     raise
   except Exception as error:   # as above
@@ -131,11 +131,13 @@ def _decode_any(data: bytes) -> np.ndarray:
 
 
 def to_rgb(image: PIL.Image.Image) -> np.ndarray:
-  """uint8 RGB [H, W, 3] of a PIL image: transparency becomes white, 16-bit grey keeps its upper byte.
+  """uint8 RGB [H, W, 3] of a PIL image, upright by its EXIF orientation: transparency becomes white, 16-bit grey keeps its
+  upper byte.
 
   Raises:
     ValueError: for mode F, whose range nobody knows.
   """
+  image = _upright(image)
   if image.mode == 'F':
     raise ValueError("mode 'F' has no range that is black to white; convert the image to 'L' first")
   if image.mode.startswith('I'):   # Pillow would clip at 255
@@ -145,6 +147,14 @@ def to_rgb(image: PIL.Image.Image) -> np.ndarray:
   image = image.convert('RGBA')
   white = PIL.Image.new('RGBA', image.size, 'white')
   return np.asarray(PIL.Image.alpha_composite(white, image).convert('RGB'))
+
+
+def _upright(image: PIL.Image.Image) -> PIL.Image.Image:
+  image.load()   # what raises here is no matter of EXIF data
+  try:
+    return image if image.getexif().get(_EXIF_ORIENTATION, 1) == 1 else PIL.ImageOps.exif_transpose(image)
+  except Exception:   # as in _is_rotated
+    return image
 
 
 def decode_crop(data: bytes, size: int, rng: np.random.Generator, *, scale: tuple[float, float],

@@ -27,7 +27,8 @@ def prepare(images: Sequence[Image] | np.ndarray, size: int) -> np.ndarray:
   """uint8 RGB [N, S, S, 3], resized and cropped as in evaluation (data/transforms.py).
 
   Args:
-    images: at least one PIL image of any mode but F or path of an image file, or uint8 [N, H, W, 3] in RGB.
+    images: at least one PIL image of any mode but F or path of an image file, both turned upright by their EXIF
+      orientation, or uint8 [N, H, W, 3] in RGB.
     size: S.
 
   Raises:
@@ -45,7 +46,7 @@ def _not_empty(image_HxWx3: np.ndarray) -> np.ndarray:
 
 
 def _rgb(image: Image) -> np.ndarray:
-  """uint8 RGB [H, W, 3]; transparency becomes white, as in training."""
+  """uint8 RGB [H, W, 3], upright; transparency becomes white, as in training."""
   if not isinstance(image, (str, os.PathLike, PIL.Image.Image)):
     raise UserError(f'images hold one {type(image).__name__}; each must be a path or a PIL image, or all one uint8 array')
   try:

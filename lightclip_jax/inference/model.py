@@ -48,6 +48,8 @@ class Model:
   def encode_image(self, images: Sequence[images_lib.Image] | np.ndarray) -> np.ndarray:
     """float32 [N, D], unit norm, of N PIL images or paths, or of uint8 [N, H, W, 3] in RGB.
 
+    Photos stand upright by their EXIF orientation, opened or not; an array is taken as it lies.
+
     Raises:
       UserError: for an image that cannot be read, or an array of another type or shape.
     """

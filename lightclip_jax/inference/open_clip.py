@@ -76,7 +76,8 @@ def _image(folder: storage.Path, vision: Mapping[str, Any]) -> config_lib.ImageT
   if name not in _TRUNKS:
     raise UserError(f'its image tower is {name!r}; known are {", ".join(_TRUNKS)} of timm')
   tower = _TRUNKS[name]
-  _only(vision, _VISION, timm_proj='linear', timm_pool='token' if tower == 'vit_ti' else 'avg')
+  pooled = {'timm_pool': 'avg', **vision}   # open_clip's own where the config does not say, which a ViT's of ours is not
+  _only(pooled, _VISION, timm_proj='linear', timm_pool='token' if tower == 'vit_ti' else 'avg')
   _only(arguments, _TRUNK_ARGUMENTS[tower])
   image = config_lib.ImageTower(name=tower, size=vision['image_size'], width=_WIDTHS.get(name, 1.0))
   if tower == 'resnet18' and 'channels' in arguments:

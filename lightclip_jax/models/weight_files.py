@@ -85,7 +85,15 @@ _ALLOWED: dict[str, Callable[..., Any]] = {
 
 
 class _Unpickler(pickle.Unpickler):
-  """Finds nothing but what makes tensors."""
+  """Finds nothing but what makes tensors.
+
+  Attributes:
+    dtypes: of the storages seen, by key.
+  """
+
+  def __init__(self, file: BinaryIO) -> None:
+    super().__init__(file)
+    self.dtypes: dict[str, Any] = {}
 
   def find_class(self, module: str, name: str) -> Any:
     kind = name.removesuffix('Storage')
@@ -99,6 +107,7 @@ class _Unpickler(pickle.Unpickler):
     kind, dtype, key = saved[:3]
     if kind != 'storage':
       raise UserError(f'it refers to {kind!r}; only tensors are known')
+    self.dtypes[str(key)] = dtype
     return _Storage(dtype, str(key))
 
 
@@ -121,12 +130,12 @@ def _read_zip(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
 
 def _read_legacy(file: BinaryIO) -> dict[str, np.ndarray]:
   """Pickles of a magic number, a version, the machine, the content and the storages' keys; then each storage's bytes."""
-  magic, _, _, content, keys = (_Unpickler(file).load() for _ in range(5))
+  magic, _, _ = (_Unpickler(file).load() for _ in range(3))
   if magic != LEGACY_MAGIC:
     raise UserError('it is a pickle, but none that torch.save writes')
-  dtypes = {tensor.storage.key: tensor.storage.dtype for tensor in _state_dict(content).values()}
-  storages = {}
-  for key in keys:
+  reader = _Unpickler(file)
+  content, dtypes, storages = reader.load(), reader.dtypes, {}   # also of an optimizer's storages, which lie among the others
+  for key in _Unpickler(file).load():
     count = int.from_bytes(file.read(8), 'little')
     if key not in dtypes:
       raise UserError(f'its storage {key} belongs to no tensor')
@@ -139,14 +148,12 @@ def _arrays(content: Any, find: Callable[[_Storage], np.ndarray]) -> dict[str, n
 
 
 def _state_dict(content: Any) -> dict[str, _Tensor]:
-  """The tensors by name, wherever the script put them."""
-  while isinstance(content, Mapping):
-    tensors = {name: value for name, value in content.items() if isinstance(value, _Tensor)}
-    inner = next((content[name] for name in _NESTED if isinstance(content.get(name), Mapping)), None)
-    if tensors or inner is None:
-      return tensors
-    content = inner
-  raise UserError(f'it holds a {type(content).__name__}, no dict of tensors')
+  """The tensors by name, wherever the script put them; what lies beside them, such as its best accuracy, is left out."""
+  if not isinstance(content, Mapping):
+    raise UserError(f'it holds a {type(content).__name__}, no dict of tensors')
+  inner = (content[name] for name in _NESTED if isinstance(content.get(name), Mapping))
+  tensors = {name: value for name, value in content.items() if isinstance(value, _Tensor)}
+  return next(filter(None, map(_state_dict, inner)), tensors)
 
 
 def _view(tensor: _Tensor, storage: np.ndarray) -> np.ndarray:

@@ -96,7 +96,7 @@ def softened_contrastive_loss(
       or traced scalars; neither these nor the targets receive a gradient.
     target_temperature: T of the softmax that makes similarity targets.
     target_source: "cross" takes image-text similarity, "intra" that of the candidates' own modality.
-    duplicate_ids: int32 [B], equal for equal captions; None: all distinct.
+    duplicate_ids: int [B] of any width, equal for equal captions; None: all distinct.
     duplicates: "negative" ignores ids, "positive" shares the mass 1 - alpha among equal captions, "ignore" takes them
       out of the softmax.
     mesh, axes: where the batch is sharded, B over `axes`; None: one device.
@@ -119,7 +119,7 @@ def softened_contrastive_loss(
   hard, uniform = (_concrete(x) and float(x) == 0 for x in (alpha, beta))
   setting = _Setting(ring, target_source, duplicates, 'hard' if hard else 'uniform' if uniform else 'similarity')
   numbers = tuple(jnp.asarray(x, jnp.float32).reshape(()) for x in (logit_scale, alpha, beta, target_temperature))
-  data = image_embeddings_BxD.astype(jnp.float32), text_embeddings_BxD.astype(jnp.float32), duplicate_ids
+  data = image_embeddings_BxD.astype(jnp.float32), text_embeddings_BxD.astype(jnp.float32), _ids(duplicate_ids)
   (forth, back), metrics = _loss(setting, *ring.placed(data), *numbers)
   loss = (forth + back) / 2
   over_log = jax.lax.stop_gradient(loss) / jnp.log(float(max(batch, 2)))
@@ -134,6 +134,13 @@ def check_embeddings(image_BxD: jax.Array, text_BxD: jax.Array, logit_scale: jax
   if jnp.size(logit_scale) != 1:
     raise UserError(f'logit_scale has shape {jnp.shape(logit_scale)}; it must be a scalar')
   ring.check(image_BxD.shape[0])
+
+
+def _ids(x: jax.Array | None) -> jax.Array | None:
+  """At least as wide as the ring can carry."""
+  if x is None or jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize >= 4:
+    return x
+  return x.astype(jnp.int32)
 
 
 def _concrete(x: Any) -> bool:
@@ -233,16 +240,21 @@ def _sum(setting: _Setting, logits: jax.Array, target: jax.Array, masks: Any, ax
   most = lambda mask, x: jnp.max(jnp.where(mask, x, _NEVER), axis)  # noqa: E731
   count = lambda mask: jnp.sum(mask, axis, dtype=jnp.float32)  # noqa: E731
   best = most(counted, logits)
-  found = dict(best=best, total=total(counted, jnp.exp(logits - jnp.expand_dims(best, axis))),
+  found = dict(best=best, total=jnp.sum(_exp(counted, logits - jnp.expand_dims(best, axis)), axis),
                own=total(own, logits), own_count=count(own), right=most(copy, logits), wrong=most(~copy, logits),
                copies=count(copy))
   if setting.targets != 'hard':
     found |= dict(other=total(other, logits), other_count=count(other))
   if setting.targets == 'similarity':
     best = most(other, target)
-    weight = jnp.where(other, jnp.exp(target - jnp.expand_dims(best, axis)), 0.0)
+    weight = _exp(other, target - jnp.expand_dims(best, axis))
     found |= dict(target_best=best, target_total=jnp.sum(weight, axis), target_sum=jnp.sum(weight * logits, axis))
   return dataclasses.replace(_Sums.zeros(best.shape[0]), **found)
+
+
+def _exp(mask: jax.Array, x: jax.Array) -> jax.Array:
+  """exp(x), 0 outside the mask: x may be large there, and the derivative of an infinite number that is left out is NaN."""
+  return jnp.exp(jnp.where(mask, x, _NEVER))
 
 
 def _merge(x: _Sums, y: _Sums) -> _Sums:
@@ -276,7 +288,7 @@ def _slope(setting: _Setting, targets: _Targets, logits: jax.Array, target: jax.
   """softmax - y of one direction, the derivative of its cross-entropy by the block's logits [r, c]."""
   own, other, counted, _ = masks
   along = lambda x: jnp.expand_dims(x, axis)  # noqa: E731
-  slope = jnp.where(counted, jnp.exp(logits - along(targets.log_norm)), 0.0) - jnp.where(own, along(targets.own), 0.0)
+  slope = _exp(counted, logits - along(targets.log_norm)) - jnp.where(own, along(targets.own), 0.0)
   if setting.targets == 'hard':
     return slope
   y = along(targets.uniform)

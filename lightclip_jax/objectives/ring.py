@@ -143,13 +143,14 @@ def dot(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _scan_rows(f: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any, most: int) -> tuple[Any, Any]:
-  """`lax.scan` of `f` over even runs of at most `most` rows of `xs`, and once over the few rows that are left."""
+  """`lax.scan` of `f` over even runs of at most `most` rows of `xs`, and once over what is left, which is shorter."""
   length = jax.tree.leaves(xs)[0].shape[0]
   runs = -(-length // most)
   if runs == 1:
     return f(carry, xs)
-  even = length // runs * runs
-  split = jax.tree.map(lambda x: x[:even].reshape(runs, -1, *x.shape[1:]), xs)
+  rows = -(-length // runs)   # rounded up: rounded down, as many as `runs` - 1 are left, and their one block grows with b³
+  even = length // rows * rows
+  split = jax.tree.map(lambda x: x[:even].reshape(-1, rows, *x.shape[1:]), xs)
   carry, ys = jax.lax.scan(f, carry, split)
   ys = jax.tree.map(lambda y: y.reshape(even, *y.shape[2:]), ys)
   if even == length:

@@ -22,6 +22,7 @@ _START = 0.2            # first temperature: a tenth of the largest cost of unit
 _OVERSHOOT = 0.5        # over-relaxation of each update; 0 is none, 1 diverges
 _FAR = 4.0              # largest step of a potential that overshoots in full, so that far from the end none overflows
 _ABOVE_ALL = 20.0       # more than the logarithm of any entry of a plan, which is at most the number of items
+_COSTS = 4.0            # twice the range of unit vectors' costs: a wider one may have costs that only say "never"
 _SAFE_EXPONENT = 21.0   # K = exp(±21) and potentials as large stay within float32 in any product
 
 
@@ -87,7 +88,10 @@ def solve(cost_xNxM: jax.Array, rows_xN: jax.Array, cols_xM: jax.Array, epsilon:
   valid = rows_xN[..., :, None] & cols_xM[..., None, :]
   low, high = (jnp.nan_to_num(f(jnp.where(valid, cost_xNxM, worst), axis=(-1, -2), keepdims=True), posinf=0, neginf=0)
                for f, worst in ((jnp.min, jnp.inf), (jnp.max, -jnp.inf)))
-  gain_xNxM = jnp.where(valid, (low + high) / 2 - cost_xNxM, 0.0)
+  reach = (high - low) / (2 * epsilon)
+  # In logs the smallest cost will do as zero; the middle of 0 and 1e9 would take all digits of costs such as 0 and 1.
+  zero = jnp.where((reach > _SAFE_EXPONENT) & (high - low > _COSTS), low, (low + high) / 2)
+  gain_xNxM = jnp.where(valid, zero - cost_xNxM, 0.0)
   n, m = (jnp.sum(x, -1, dtype=jnp.float32)[..., None] for x in (rows_xN, cols_xM))
   rows_first = (n > m) | ((n == m) & (_spread(gain_xNxM, -1) >= _spread(gain_xNxM, -2)))
   gain_xnxm, valid_xnxm = _with_slack(gain_xNxM, 0.0), _with_slack(valid, False)
@@ -105,11 +109,10 @@ def solve(cost_xNxM: jax.Array, rows_xN: jax.Array, cols_xM: jax.Array, epsilon:
     problem = gain_xnxm, valid_xnxm, masses, rows_first
     return lambda: jax.lax.platform_dependent(*problem, tpu=kernel, default=plain) if fused else plain(*problem)
 
-  reach = jnp.max(high - low, initial=0.0) / (2 * epsilon)
   if 1 / epsilon > _SAFE_EXPONENT:   # half the range of the cosines' costs, [0, 2]
     f, g = find(True)()
   else:
-    f, g = jax.lax.cond(reach <= _SAFE_EXPONENT, find(False), find(True))
+    f, g = jax.lax.cond(jnp.max(reach, initial=0.0) <= _SAFE_EXPONENT, find(False), find(True))
   exponent = gain_xnxm / epsilon + f[..., :, None] + g[..., None, :]
   exponent = jnp.minimum(exponent, _ABOVE_ALL)   # where epsilon is tiny, a logarithm rounds by more than float32 can hold
   plan_xnxm = jnp.where(valid_xnxm, jnp.exp(jnp.where(valid_xnxm, exponent, 0.0)), 0.0)

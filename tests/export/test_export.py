@@ -293,6 +293,16 @@ def test_a_resnets_channels_are_its_width(tmp_path):
       read(channels)
 
 
+def test_pooling_that_is_not_said_is_open_clips_own(tmp_path):
+  for trunk, tower in (('resnet18', 'resnet18'), ('mobilenetv2_100', 'mobilenet_v2'),
+                       ('swin_tiny_patch4_window7_224', 'swin_nano')):
+    assert inference_open_clip._image(tmp_path, dict(timm_model_name=trunk, image_size=224)).name == tower
+  vision = dict(timm_model_name='vit_tiny_patch16_224', image_size=224)
+  with pytest.raises(UserError, match="its timm_pool is 'avg'; only 'token' is known"):
+    inference_open_clip._image(tmp_path, vision)
+  assert inference_open_clip._image(tmp_path, {**vision, 'timm_pool': 'token'}).name == 'vit_ti'
+
+
 def test_an_export_that_fails_leaves_the_folder_as_it_was(workdir, model, tmp_path, monkeypatch):
   def write(towers, folder):   # instead of towers, which take seconds
     (folder / 'image.stablehlo').write_text('new')

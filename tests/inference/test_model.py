@@ -13,6 +13,7 @@ import lightclip_jax
 from lightclip_jax.data import transforms
 from lightclip_jax.errors import UserError
 from lightclip_jax.inference import checkpoint
+from lightclip_jax.inference import images as images_lib
 from lightclip_jax.inference import model as model_lib
 from lightclip_jax.models import lightclip
 
@@ -98,6 +99,20 @@ def test_paths_and_transparency(model, tmp_path):
   white = np.full((1, 40, 40, 3), 255, np.uint8)
   for images in ([clear], [tmp_path / 'clear.png'], [str(tmp_path / 'clear.png')]):
     np.testing.assert_allclose(model.encode_image(images), model.encode_image(white), atol=1e-5)
+
+
+def test_a_photo_is_the_same_from_its_path_and_opened(model, tmp_path):
+  exif = PIL.Image.Exif()
+  exif[0x112] = 6   # it lies on its side
+  picture = np.zeros((40, 60, 3), np.uint8)
+  picture[:20] = 255
+  PIL.Image.fromarray(picture).save(tmp_path / 'a.png', exif=exif)
+  with PIL.Image.open(tmp_path / 'a.png') as opened:
+    turned = PIL.Image.fromarray(np.rot90(picture, -1))
+    path, pil, upright = (images_lib.prepare([image], 32) for image in (tmp_path / 'a.png', opened, turned))
+    np.testing.assert_array_equal(pil, path)
+    np.testing.assert_array_equal(pil, upright)
+    np.testing.assert_allclose(model.encode_image([opened]), model.encode_image([turned]), atol=1e-5)
 
 
 def test_classify_is_the_softmax_of_scaled_cosines(model):

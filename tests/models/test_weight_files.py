@@ -102,6 +102,20 @@ def test_pth_files_give_back_their_arrays(tmp_path, torch, legacy, wrap):
     assert got[name].dtype == array.dtype
 
 
+@pytest.mark.parametrize('legacy', [False, True], ids=['zip', 'legacy'])
+@pytest.mark.parametrize('name', ['state_dict', 'model_state_dict', 'model'])
+def test_tensors_beside_the_weights_are_left_out(tmp_path, torch, name, legacy):
+  moments = {'state': {0: {'exp_avg': Stored(np.ones(5, np.float16))}}, 'param_groups': [{'lr': 0.1, 'params': [0]}]}
+  content = {'best_acc1': Stored(np.float32(71).reshape(())), 'optimizer': moments,
+             name: {key: Stored(array) for key, array in ARRAYS.items()}, 'epoch': Stored(np.zeros((), np.int64))}
+  got = weight_files.read(write(tmp_path / 'w.pth', content, legacy))
+  assert got.keys() == ARRAYS.keys()
+  for key, array in ARRAYS.items():
+    np.testing.assert_array_equal(got[key], array)
+  content[name] = {'architecture': 'resnet18'}   # no weights: those outside are
+  assert weight_files.read(write(tmp_path / 'w.pth', content, legacy)).keys() == {'best_acc1', 'epoch'}
+
+
 def test_views_and_safetensors(tmp_path, torch):
   array = ARRAYS['a.weight']
   got = weight_files.read(write(tmp_path / 'w.pth', {'t': Stored(array, transposed=True)}, False))

@@ -102,6 +102,14 @@ def test_reference_gradient_is_the_slope_of_its_loss():
     np.testing.assert_allclose((moved[0] - moved[1]) / 2, expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize('dtype', [np.int8, np.uint16])
+def test_ids_of_any_width_travel(dtype):
+  image, text, ids = reference.unit(0, 16, D), reference.unit(1, 16, D), np.arange(16) // 2
+  f = compiled(make_mesh(2), 'data', 'cross', 'positive')
+  both = (f(image, text, 10.0, 0.3, 0.5, ids.astype(kind)) for kind in (dtype, np.int32))
+  jax.tree.map(np.testing.assert_array_equal, *both)
+
+
 def test_alpha_0_is_clip():
   image, text = reference.unit(0, 48, D), reference.unit(1, 48, D)
   logits = 10 * image.astype(np.float64) @ text.T
@@ -251,6 +259,30 @@ def test_memory_is_linear_and_no_batch_is_gathered(mebibytes, options):
   assert not re.search(r'\[8192,(8192|512)\]', text)   # neither the matrix nor a whole batch of embeddings
 
 
+@pytest.mark.parametrize('size', [2047, 1025])
+def test_blocks_are_as_small_where_they_do_not_divide_the_batch(size, monkeypatch):
+  monkeypatch.setattr(ring, 'BLOCK_ELEMENTS', 8 * 2048)   # a last block of 255 rows needed 30 times as much
+
+  def temporaries(size):
+    pair = [jax.ShapeDtypeStruct((size, D), jnp.float32)] * 2
+    f = jax.jit(jax.grad(lambda *pair: softened_contrastive_loss(*pair, 10.0)[0]))
+    return f.lower(*pair).compile().memory_analysis().temp_size_in_bytes
+  assert temporaries(size) <= 1.5 * temporaries(2048)
+
+
+@pytest.mark.parametrize(('length', 'most', 'runs'), [
+  (6, 8, {6}), (12, 4, {4}), (12, 5, {4}), (9, 8, {5, 4}), (23, 4, {4, 3}), (65535, 8, {8, 7}), (7, 1, {1})])
+def test_rows_are_scanned_in_even_runs(length, most, runs):
+  xs, seen = np.arange(length), set()
+
+  def count(total, rows):
+    seen.add(len(rows))
+    return total + rows.sum(), rows + 1
+  total, ys = ring._scan_rows(count, 0, jnp.asarray(xs), most)
+  np.testing.assert_array_equal(ys, xs + 1)
+  assert total == xs.sum() and seen == runs
+
+
 @pytest.mark.parametrize(('message', 'change'), [
   (r'\(8, 32\).*\(6, 32\)', dict(text=np.zeros((6, 32)))),
   (r'\(8, 32\).*\(8, 16\)', dict(text=np.zeros((8, 16)))),
@@ -310,6 +342,18 @@ def test_the_gradient_of_a_gradient_leaves_the_targets_alone():
   along = jnp.asarray(reference.unit(2, 8, D))
   first, second = (jax.jit(jax.grad(lambda x, f=f: (jax.grad(f)(x) * along).sum()))(image) for f in (ours, plain))
   np.testing.assert_allclose(first, second, atol=1e-4 * np.abs(second).max())
+
+
+@pytest.mark.parametrize('mode', MODES)
+def test_the_gradient_of_a_gradient_is_finite_at_the_largest_scale(mode):
+  axes, ids = np.eye(5, dtype=np.float32), jnp.array([0, 0, 1, 2])
+  image, text = axes[[0, 0, 1, 2]], axes[[0, 0, 3, 4]]
+  image[0] *= -1   # the duplicate, which is ignored, lies e^100 above all that is counted
+
+  def steepness(image, scale):
+    f = lambda *x: softened_contrastive_loss(x[0], text, x[1], alpha=0.3, beta=0.5, duplicate_ids=ids, duplicates=mode)[0]  # noqa: E731
+    return sum(jnp.sum(g ** 2) for g in jax.grad(f, (0, 1))(image, scale))
+  assert all(np.isfinite(g).all() for g in jax.jit(jax.grad(steepness, (0, 1)))(jnp.asarray(image), 100.0))
 
 
 def test_sigmoid_names_a_bad_bias():

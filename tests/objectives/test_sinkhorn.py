@@ -118,6 +118,18 @@ def test_both_domains_agree_and_wide_costs_are_finite(monkeypatch):
   assert np.isfinite(wide).all() and wide.sum(1).max() <= 1 + 1e-5
 
 
+@pytest.mark.parametrize('never', [1e3, 1e6, 1e9, 1e30])
+def test_a_pair_that_a_large_cost_forbids_leaves_the_others_their_digits(never):
+  np.testing.assert_allclose(compiled()(*full(jnp.array([[never, 0], [0, 1]]))), [[0, 1], [1, 0]], atol=1e-5)
+  cost = np.random.default_rng(0).uniform(0, 2, (3, 4)).astype(np.float32)
+  cost[0, 0] = never
+  expected = reference.sinkhorn(np.where(cost == cost[0, 0], 100, cost), 0.05)[0]
+  plan = np.asarray(compiled(num_iterations=500)(*full(cost)))
+  np.testing.assert_allclose(plan, expected, atol=2e-4)
+  both = compiled(num_iterations=500)(*full(np.stack([cost, np.minimum(cost, 2)])))   # one in need of logs, one not
+  np.testing.assert_allclose(both[0], plan, atol=1e-6)
+
+
 @pytest.mark.parametrize(('count', 'n', 'm'), [(130, 6, 4), (3, 49, 77)])   # more than a block; the paper's recipe
 @pytest.mark.parametrize('in_logs', [False, True])
 def test_the_kernel_equals_the_plain_version(in_logs, count, n, m, monkeypatch):
