@@ -1,10 +1,13 @@
 """Captions out of files that anyone may have written."""
 import html
 import json
+import re
 import unicodedata
 from typing import Any
 
 from lightclip_jax.data.faults import BadRecord
+
+_LINE_END = re.compile(r'\r\n?|\n')   # `str.splitlines` also cuts at U+2028, U+0085 and others that a caption may hold
 
 
 def of_value(value: Any) -> tuple[str, ...]:
@@ -33,7 +36,7 @@ def clean(text: str) -> str:
 
 def of_lines(data: bytes) -> tuple[str, ...]:
   """One caption a line of a text file. Raises as `of_value`."""
-  return of_value(_text(data).splitlines())
+  return of_value(_LINE_END.split(_text(data)))
 
 
 def of_json(data: bytes, keys: tuple[str, ...] = ('caption', 'captions', 'text', 'title')) -> tuple[str, ...]:

@@ -272,6 +272,12 @@ def test_json_lines_that_are_blank_and_values_that_are_null(tmp_path):
   assert captions.of_json(b'{"caption": null, "text": "real"}') == ('real',)
 
 
+def test_a_caption_ends_where_a_line_of_a_file_does():
+  # 'red\u2028apple' was two captions, "red" and "apple".
+  whole = ('red\u2028apple', 'one\x85two', 'three\x0bfour', 'five\x1csix\u2029seven\x0ceight')
+  assert captions.of_lines('\ufeff{}\r\n{}\n\n{}\r{}\n'.format(*whole).encode()) == whole
+
+
 @pytest.mark.parametrize(('value', 'said'), [(7, 'int 7'), ([{'raw': 'a'}], "dict {'raw': 'a'}"), (['a', 0.5], 'float 0.5')])
 def test_captions_of_another_type_are_called_by_it(value, said):
   with pytest.raises(BadRecord) as error:
