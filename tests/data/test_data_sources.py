@@ -323,6 +323,26 @@ def test_buckets_are_read_through_fsspec(made):
                 _take(_batches(made, 'webdataset'), 2))
 
 
+@pytest.mark.parametrize(('kind', 'suffix'), [('parquet', 'parquet'), ('webdataset', 'tar')])
+@pytest.mark.parametrize('bucket', [False, True])
+def test_a_folder_that_is_named_as_a_file(tmp_path, kind, suffix, bucket):
+  # What Spark writes, a folder x.parquet, was "no whole Parquet file (the file is not there)".
+  import fsspec
+  rows, folder = source_files.pairs(4), tmp_path / f'x.{suffix}'
+  folder.mkdir()
+  source_files.WRITERS[kind](folder, rows)
+  (folder / '_SUCCESS').touch()
+  path = str(folder)
+  if bucket:
+    path = f'memory://folders/x.{suffix}'
+    fsspec.filesystem('memory').put(str(folder), f'/folders/x.{suffix}', recursive=True)
+  for name in (path, f'{path}/'):
+    source = sources.open_parts(datasets.about(f'{kind}:{name}', config.Data()), 'train')
+    assert {source[i].image for i in range(4)} == {image for _, image, _ in rows}
+  one = f'{path}/{"00000.tar" if kind == "webdataset" else "train-00000.parquet"}'
+  assert len(sources.open_parts(datasets.about(f'{kind}:{one}', config.Data()), 'train')) == 2
+
+
 @pytest.mark.parametrize('name', ['../secret.jpg', '/etc/passwd', 'link.jpg', 'folder/../../secret.jpg', 'linked/secret.jpg'])
 def test_nothing_outside_the_folder_is_opened(tmp_path, name, monkeypatch):
   (tmp_path / 'data').mkdir()
