@@ -37,6 +37,7 @@ _SAMPLE_A_PART = 2000          # records at most whose captions the tokenizer le
 _MOST_CAPTIONS = 64            # of an image and its copies: one that says "no image here" may have a copy a second record
 _COLUMNS = ('hashes', 'captions', 'concepts', 'sides', 'words')
 _SHEET, _TILE = 8, 96          # pictures in a row, pixels of each
+_JPEG_SIDE = 65_500            # pixels at most, libjpeg's limit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,10 +202,9 @@ def _cleaned(record: Record, options: Options) -> tuple[Record, np.ndarray]:
   """The record as it is stored, and its image uint8 [H, W, 3]. Raises BadRecord."""
   image = transforms.decode(record.image, options.max_pixels)
   texts = captions.of_value([captions.clean(text) for text in record.captions])
-  encoded = record.image
-  if options.size and min(image.shape[:2]) > options.size:
-    scale = options.size / min(image.shape[:2])
-    height, width = (max(1, round(side * scale)) for side in image.shape[:2])
+  encoded, shorter = record.image, min(image.shape[:2])
+  height, width = (max(1, round(side * options.size / shorter)) for side in image.shape[:2])
+  if 0 < options.size < shorter and max(height, width) <= _JPEG_SIDE:   # one that is longer stays as it is
     image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
     encoded = simplejpeg.encode_jpeg(np.ascontiguousarray(image), options.quality)
   return dataclasses.replace(record, image=encoded, captions=texts), image

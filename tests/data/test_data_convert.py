@@ -1,6 +1,7 @@
 """`prepare` of other formats: what is kept, what is left out and counted, and that it goes on where it was stopped."""
 import contextlib
 import dataclasses
+import io
 import json
 import multiprocessing
 import os
@@ -8,6 +9,7 @@ import resource
 import time
 
 import numpy as np
+import PIL.Image
 import pytest
 import source_files
 
@@ -75,6 +77,20 @@ def test_what_is_kept_and_what_is_counted(tmp_path, capsys):
   options = dataclasses.replace(prepare.configs.Data(), workers=0)
   next(batches := pipeline.train_batches(out, options, image_size=8, context=8, batch_size=4, seed=0))
   batches.close()
+
+
+def test_a_picture_that_is_too_long_for_a_jpeg_stays_as_it_is(tmp_path):
+  # It ended the preparation with a traceback, at every start anew.
+  rows = [(f'{width}', io.BytesIO(), f'{width} wide') for width in (90_000, 70_000)]
+  for width, file, _ in rows:
+    PIL.Image.new('RGB', (int(width), 30), (int(width) % 256, 0, 0)).save(file, 'PNG')
+  rows = [(key, file.getvalue(), text) for key, file, text in rows]
+  path = source_files.write_tars(tmp_path / 'in', [*rows, *source_files.pairs(3)]).partition(':')[2]
+  flags = [f'--out={tmp_path / "out"}', '--size=24', '--vocab_size=64', '--processes=1']
+  prepare.main(prepare.parse(['webdataset', path, *flags]))
+  images = {record.captions[0]: record.image for record in pipeline.evaluation_records(tmp_path / 'out', 'train')}
+  assert len(images) == 5 and images['90000 wide'] == rows[0][1]
+  assert transforms.image_shape(images['70000 wide']) == (24, 56_000)
 
 
 @pytest.mark.parametrize('old', [False, True])
