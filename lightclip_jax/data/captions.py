@@ -48,6 +48,11 @@ def of_json(data: bytes, keys: tuple[str, ...] = ('caption', 'captions', 'text',
   return of_value(first(values, keys) if isinstance(values, dict) else None)
 
 
+def at(source: Any, index: int) -> tuple[str, ...]:
+  """The captions of a source's record; the image is not read where the source has the method `captions(index)`."""
+  return source.captions(index) if hasattr(source, 'captions') else source[index].captions
+
+
 def first(values: dict[str, Any], keys: tuple[str, ...]) -> Any:
   """The value of the first key that has one; None if there is none."""
   return next((values[key] for key in keys if values.get(key) is not None), None)

@@ -405,6 +405,19 @@ def test_a_tokenizer_of_a_source(tmp_path, capsys):
     prepare.main(prepare.parse(['tokenizer', name, '--out=x']))
 
 
+def test_a_tokenizer_needs_no_images_and_says_why_there_are_no_captions(tmp_path):
+  # Rows whose images were not there yet gave 'a tokenizer needs captions to learn from; there are none', and no reason.
+  (tmp_path / 'x.csv').write_text('filepath,title\na.jpg,a red apple\nb.jpg,\nc.jpg,&nbsp;\nd.jpg\n')
+  command = prepare.parse(['tokenizer', f'csv:{tmp_path}/x.csv', f'--out={tmp_path / "t.model"}', '--vocab_size=64'])
+  prepare.main(command)
+  assert tokenizers.load(tmp_path / 't.model').vocab_size > 5
+  for text, said in (('filepath,title\nb.jpg,\nc.jpg,&nbsp;\nd.jpg\n', '2 no_caption .there is no caption., 1 damaged .*'),
+                     ('filepath,title\n', 'no record at all')):
+    (tmp_path / 'x.csv').write_text(text)
+    with pytest.raises(UserError, match=f'^a tokenizer needs captions to learn from; there are none: {said}$'):
+      prepare.main(command)
+
+
 @pytest.mark.parametrize(('value', 'said'), [(['a', None, ' '], ('a',)), ('  x ', ('x',)), (b'\xff', 'bad_caption'),
                                              (3, 'bad_caption'), ([], 'no_caption'), (None, 'no_caption')])
 def test_captions_of_values(value, said):

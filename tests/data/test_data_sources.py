@@ -12,11 +12,12 @@ import threading
 
 import grain
 import numpy as np
+import pyarrow.parquet
 import pytest
 import source_files
 
 from lightclip_jax import config
-from lightclip_jax.data import convert, datasets, files, manifest, pipeline, sources, tokenizers
+from lightclip_jax.data import captions, convert, datasets, files, manifest, pipeline, sources, tokenizers
 from lightclip_jax.data.datasets import shapes
 from lightclip_jax.data.faults import BadRecord
 from lightclip_jax.errors import UserError
@@ -75,6 +76,34 @@ def test_records_are_what_was_written(made, kind):
   assert len({source.name(i) for i in range(COUNT)}) == COUNT
   again = pickle.loads(pickle.dumps(source))
   assert again.fingerprint == source.fingerprint and again[COUNT - 1] == source[COUNT - 1]
+
+
+@pytest.mark.parametrize('kind', [*source_files.WRITERS, 'mixture'])
+def test_captions_alone_are_the_records(made, kind):
+  names, options = made[0], config.replace(_options(made, kind), holdout_every=5)
+  name = f'{names["csv"]} + {names["array_record"]} + {names["webdataset"]}' if kind == 'mixture' else names[kind]
+  for split in ('train', sources.HELDOUT)[:1 if 'array_record' in name else 2]:
+    source = sources.open_parts(datasets.about(name, options), split)
+    for again in (source, pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(source))))):
+      assert [captions.at(again, i) for i in range(len(source))] == [source[i].captions for i in range(len(source))]
+
+
+@pytest.mark.parametrize('kind', ['webdataset', 'csv', 'jsonl', 'folder', 'parquet'])
+def test_captions_are_read_without_images(tmp_path, kind, monkeypatch):
+  # The tokenizer of twelve million pairs read a million whole images, and had to have them.
+  rows = source_files.pairs(3)
+  name = source_files.WRITERS[kind](tmp_path, rows)
+  source = sources.open_parts(datasets.about(name, config.Data()), 'train')
+  order = [source[i].captions for i in range(3)]
+  read, row_group = [], pyarrow.parquet.ParquetFile.read_row_group
+  monkeypatch.setattr(pyarrow.parquet.ParquetFile, 'read_row_group',
+                      lambda *args, columns, **more: read.extend(columns) or row_group(*args, columns=columns, **more))
+  part = sources.webdataset._part
+  monkeypatch.setattr(sources.webdataset, '_part', lambda *args: read.append(part(*args)) or read[-1])
+  for file in tmp_path.glob('images/*.jpg'):
+    file.unlink()
+  assert [captions.at(source, i) for i in range(3)] == order
+  assert read == {'parquet': ['caption'] * 2, 'webdataset': [text.encode() for text, in order]}.get(kind, [])
 
 
 def test_a_worker_of_a_folder_whose_list_is_gone(tmp_path):

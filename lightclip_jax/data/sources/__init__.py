@@ -15,7 +15,10 @@ from lightclip_jax.errors import UserError
 
 
 class Source(Protocol):
-  """Random access to the records of one split. Reading one raises `faults.BadRecord` where it cannot be used."""
+  """Random access to the records of one split. Reading one raises `faults.BadRecord` where it cannot be used.
+
+  Where captions lie apart from images, `captions(index)` reads them alone; `captions.at` reads those of any source.
+  """
   fingerprint: str             # of the contents, as far as they are told without reading all
 
   def __len__(self) -> int: ...

@@ -57,7 +57,11 @@ class FolderSource:
 
   def __getitem__(self, index: SupportsIndex) -> Record:
     name = self.name(int(index))
-    return Record(key_of(name), self._folder.read(name), self._captions(os.path.splitext(name)[0]))
+    return Record(key_of(name), self._folder.read(name), self.captions(int(index)))
+
+  def captions(self, index: int) -> tuple[str, ...]:
+    """Those of the record, without its image. Raises BadRecord."""
+    return self._captions(os.path.splitext(self.name(index))[0])
 
   def _captions(self, stem: str) -> tuple[str, ...]:
     for suffix in ('.txt', '.json', '.TXT', '.JSON'):   # as cameras and Windows programs name files, and their pictures

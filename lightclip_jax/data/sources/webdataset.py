@@ -80,14 +80,22 @@ class WebDatasetSource:
     return f'{self._tars[self._rows[index]["tar"]]}/{indexes.unpack(self._table, index)}'
 
   def __getitem__(self, index: SupportsIndex) -> Record:
+    image, text = self._parts(index, 'image', 'caption')
+    return Record(key_of(self.name(index)), image, self._parse(index, text))
+
+  def captions(self, index: int) -> tuple[str, ...]:
+    """Those of the sample, without its image. Raises BadRecord."""
+    return self._parse(index, *self._parts(index, 'caption'))
+
+  def _parts(self, index: SupportsIndex, *parts: str) -> list[bytes]:
     row = self._rows[index]
     if row['fault'] != _GOOD:
       raise BadRecord(list(REASONS)[row['fault']])
     with self._folder.open(self._tars[row['tar']]) as file:
-      image = _part(file, row['image_at'], row['image_size'])
-      text = _part(file, row['caption_at'], row['caption_size'])
-    parse = captions.of_json if _CAPTIONS[row['caption_kind']] == 'json' else captions.of_lines
-    return Record(key_of(self.name(index)), image, parse(text))
+      return [_part(file, row[f'{part}_at'], row[f'{part}_size']) for part in parts]
+
+  def _parse(self, index: SupportsIndex, text: bytes) -> tuple[str, ...]:
+    return (captions.of_json if _CAPTIONS[self._rows[index]['caption_kind']] == 'json' else captions.of_lines)(text)
 
   def __reduce__(self) -> tuple[Any, ...]:
     return Reopened, (WebDatasetSource, self.spec, self.fingerprint)
