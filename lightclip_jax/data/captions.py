@@ -7,6 +7,7 @@ from typing import Any
 
 from lightclip_jax.data.faults import BadRecord
 
+_KEYS = ('caption', 'captions', 'text', 'title')   # of JSON
 _LINE_END = re.compile(r'\r\n?|\n')   # `str.splitlines` also cuts at U+2028, U+0085 and others that a caption may hold
 
 
@@ -39,13 +40,16 @@ def of_lines(data: bytes) -> tuple[str, ...]:
   return of_value(_LINE_END.split(_text(data)))
 
 
-def of_json(data: bytes, keys: tuple[str, ...] = ('caption', 'captions', 'text', 'title')) -> tuple[str, ...]:
-  """The captions of a JSON object under the first of `keys` that it has, and not as null. Raises as `of_value`."""
+def of_json(data: bytes, key: str = '') -> tuple[str, ...]:
+  """The captions of a JSON object under `key`, or under the first usual name that it has, and not as null.
+
+  Raises as `of_value`.
+  """
   try:
     values = json.loads(_text(data))
   except (ValueError, RecursionError) as error:
     raise BadRecord('damaged', 'no JSON') from error
-  return of_value(first(values, keys) if isinstance(values, dict) else None)
+  return of_value(first(values, (key,) if key else _KEYS) if isinstance(values, dict) else None)
 
 
 def at(source: Any, index: int) -> tuple[str, ...]:

@@ -107,7 +107,7 @@ def test_a_folder_that_was_prepared_otherwise_is_said(tmp_path, capsys, old):
   assert capsys.readouterr().out == said
   errors = {'--size=8': r'size=16 \(not 8\)', '--holdout_every=0': r"holdout_every=(4|'\?') \(not 0\)"}
   if not old:
-    errors |= {'--quality=80': r'quality=90 \(not 80\)', '--image_column=x': r"image_column='' \(not 'x'\)"}
+    errors |= {'--quality=80': r'quality=90 \(not 80\)', '--caption_column=x': r"caption_column='' \(not 'x'\)"}
   for flag, error in errors.items():
     with pytest.raises(UserError, match=f'{error}; delete it or give another --out'):
       prepare.main(prepare.parse([*same, flag]))

@@ -106,6 +106,55 @@ def test_captions_are_read_without_images(tmp_path, kind, monkeypatch):
   assert read == {'parquet': ['caption'] * 2, 'webdataset': [text.encode() for text, in order]}.get(kind, [])
 
 
+def _recaptioned(folder, kind):
+  """Pictures with alt texts, of which one has a better caption in its JSON, one none there, and one no JSON."""
+  texts = {f'{key}.txt': f'alt {key}'.encode() for key in 'abc'}
+  texts |= {'a.json': b'{"caption": "alt a", "better": ["a red fox", "a fox"]}', 'b.json': b'{"caption": "alt b"}'}
+  data = {**texts, **{f'{key}.jpg': source_files.jpeg(number) for number, key in enumerate('abc')}}
+  if kind == 'folder':
+    for name, value in data.items():
+      (folder / name).write_bytes(value)
+  else:
+    with tarfile.open(folder / 'x.tar', 'w') as tar:
+      for name, value in sorted(data.items()):
+        source_files.add(tar, name, value)
+
+
+def _captions_or_reason(source, index):
+  try:
+    assert captions.at(source, index) == source[index].captions
+    return source[index].captions
+  except BadRecord as error:
+    return error.reason
+
+
+@pytest.mark.parametrize('kind', ['folder', 'webdataset'])
+def test_the_caption_column_of_json_beside_images(tmp_path, kind):
+  # It was ignored, and so were the better captions of recaptioned tars: the run learnt from the alt texts.
+  (tmp_path / 'in').mkdir()
+  _recaptioned(tmp_path / 'in', kind)
+  spec = sources.Spec(kind, str(tmp_path / 'in'), index=str(tmp_path / 'index'))
+  better = dataclasses.replace(spec, caption_column='better')   # an older version's index lies there then
+  plain, source = (sources.SOURCES[kind](about) for about in (spec, better))
+  for opened, said in ((plain, [('alt a',), ('alt b',), ('alt c',)]),
+                       (source, [('a red fox', 'a fox'), 'no_caption', ('alt c',)])):
+    for again in (opened, pickle.loads(pickle.dumps(opened))):
+      assert [_captions_or_reason(again, i) for i in range(3)] == said
+  assert plain.fingerprint != source.fingerprint
+  with pytest.raises(UserError, match="data.caption_column is 'x', but '/.*' has no JSON beside its images; leave it at ''"):
+    (tmp_path / 'texts').mkdir()
+    source_files.WRITERS[kind](tmp_path / 'texts', source_files.pairs(2))
+    sources.SOURCES[kind](dataclasses.replace(better, path=str(tmp_path / 'texts'), caption_column='x'))
+
+
+@pytest.mark.parametrize(('kind', 'option'), [(kind, name) for kind, names in sources.IGNORED.items() for name in names])
+def test_options_that_a_kind_would_ignore_are_refused(made, kind, option):
+  names, options = made[0], config.replace(made[1], **{option: 'here'})
+  with pytest.raises(UserError, match=f"^data.{option} is 'here', which {kind} would ignore; leave it at '' .it is for csv, "):
+    datasets.resolve(names[kind], options)
+  assert len(datasets.about(f'{names["csv"]} + {names[kind]}', options)['parts']) == 2   # which needs it
+
+
 def test_a_worker_of_a_folder_whose_list_is_gone(tmp_path):
   images = tmp_path / 'in'
   images.mkdir()

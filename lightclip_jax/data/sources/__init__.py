@@ -38,6 +38,13 @@ SOURCES: dict[str, Callable[[Spec], Source]] = {
     'tsv': table.CsvSource,
     'webdataset': webdataset.WebDatasetSource,
 }
+# Options of a `Spec` that say nothing to a kind.
+IGNORED: dict[str, tuple[str, ...]] = {
+    'array_record': ('image_column', 'caption_column', 'image_root'),
+    'folder': ('image_column', 'image_root'),
+    'parquet': ('image_root',),
+    'webdataset': ('image_column', 'image_root'),
+}
 HELDOUT = 'heldout'            # the split of a source that training leaves out, where `data.holdout_every` asks for one
 
 
