@@ -96,9 +96,9 @@ class Data:
   dataset: str = 'emoji'       # built-in name, folder made by `lightclip_jax.prepare`, KIND:PATH, or several with ' + '
   weights: tuple[float, ...] = ()   # of the parts of a mixture; (): as many examples of each as it has records
   tokenizer: str = ''          # a tokenizer file; '': that of the first prepared folder, other sources bring none
-  image_column: str = ''       # of tables; '': the usual names, such as filepath
-  caption_column: str = ''     # of tables; '': the usual names, such as title
-  image_root: str = ''         # folder that a table's image paths are relative to; '': the table's own
+  image_column: str = ''       # of tables, Parquet and TFDS; '': the usual names, such as filepath
+  caption_column: str = ''     # of these, and of JSON beside images, which then goes before text; '': the usual names
+  image_root: str = ''         # folder that a table's image paths are relative to; '': the table's own; of TFDS its folder
   holdout_every: int = 0       # N: every N-th record (of tables: image) of KIND:PATH is the split 'heldout', not trained on
   max_pixels: int = 1 << 26    # larger images are left out before they are decoded
   max_faults: float = 0.1      # share of records that cannot be used above which a run stops

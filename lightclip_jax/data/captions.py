@@ -1,10 +1,14 @@
 """Captions out of files that anyone may have written."""
 import html
 import json
+import re
 import unicodedata
 from typing import Any
 
 from lightclip_jax.data.faults import BadRecord
+
+_KEYS = ('caption', 'captions', 'text', 'title')   # of JSON
+_LINE_END = re.compile(r'\r\n?|\n')   # `str.splitlines` also cuts at U+2028, U+0085 and others that a caption may hold
 
 
 def of_value(value: Any) -> tuple[str, ...]:
@@ -33,16 +37,24 @@ def clean(text: str) -> str:
 
 def of_lines(data: bytes) -> tuple[str, ...]:
   """One caption a line of a text file. Raises as `of_value`."""
-  return of_value(_text(data).splitlines())
+  return of_value(_LINE_END.split(_text(data)))
 
 
-def of_json(data: bytes, keys: tuple[str, ...] = ('caption', 'captions', 'text', 'title')) -> tuple[str, ...]:
-  """The captions of a JSON object under the first of `keys` that it has, and not as null. Raises as `of_value`."""
+def of_json(data: bytes, key: str = '') -> tuple[str, ...]:
+  """The captions of a JSON object under `key`, or under the first usual name that it has, and not as null.
+
+  Raises as `of_value`.
+  """
   try:
     values = json.loads(_text(data))
   except (ValueError, RecursionError) as error:
     raise BadRecord('damaged', 'no JSON') from error
-  return of_value(first(values, keys) if isinstance(values, dict) else None)
+  return of_value(first(values, (key,) if key else _KEYS) if isinstance(values, dict) else None)
+
+
+def at(source: Any, index: int) -> tuple[str, ...]:
+  """The captions of a source's record; the image is not read where the source has the method `captions(index)`."""
+  return source.captions(index) if hasattr(source, 'captions') else source[index].captions
 
 
 def first(values: dict[str, Any], keys: tuple[str, ...]) -> Any:

@@ -37,6 +37,7 @@ _SAMPLE_A_PART = 2000          # records at most whose captions the tokenizer le
 _MOST_CAPTIONS = 64            # of an image and its copies: one that says "no image here" may have a copy a second record
 _COLUMNS = ('hashes', 'captions', 'concepts', 'sides', 'words')
 _SHEET, _TILE = 8, 96          # pictures in a row, pixels of each
+_JPEG_SIDE = 65_500            # pixels at most, libjpeg's limit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +115,7 @@ def _check_usable(folder: pathlib.Path, name: str, notes: dict[str, list[dict[st
       continue
     # What is mended, such as captions that are put beside their images, may not change the fingerprint: all is looked at anew.
     (folder / _PLAN).unlink()
-    reasons = ', '.join(f'{count:,} {reason} ({REASONS[reason]})' for reason, count in _left_out(parts).items())
+    reasons = _reasons(_left_out(parts))
     what, mend = ('trained on', '') if split == 'train' else ('held out', '; give another --holdout_every')
     raise UserError(f'no record of {name!r} can be {what}: {reasons or "there is none"}{mend}')
 
@@ -200,14 +201,18 @@ def _part(source: sources.Source, folder: pathlib.Path, options: Options, item: 
 def _cleaned(record: Record, options: Options) -> tuple[Record, np.ndarray]:
   """The record as it is stored, and its image uint8 [H, W, 3]. Raises BadRecord."""
   image = transforms.decode(record.image, options.max_pixels)
-  texts = captions.of_value([captions.clean(text) for text in record.captions])
-  encoded = record.image
-  if options.size and min(image.shape[:2]) > options.size:
-    scale = options.size / min(image.shape[:2])
-    height, width = (max(1, round(side * scale)) for side in image.shape[:2])
+  texts = _clean_texts(record.captions)
+  encoded, shorter = record.image, min(image.shape[:2])
+  height, width = (max(1, round(side * options.size / shorter)) for side in image.shape[:2])
+  if 0 < options.size < shorter and max(height, width) <= _JPEG_SIDE:   # one that is longer stays as it is
     image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
     encoded = simplejpeg.encode_jpeg(np.ascontiguousarray(image), options.quality)
   return dataclasses.replace(record, image=encoded, captions=texts), image
+
+
+def _clean_texts(texts: tuple[str, ...]) -> tuple[str, ...]:
+  """Raises BadRecord if none is left."""
+  return captions.of_value([captions.clean(text) for text in texts])
 
 
 def _remember(note: dict[str, Any], record: Record, image: np.ndarray, duplicates: str) -> None:
@@ -316,12 +321,22 @@ def _rewrite(shard: pathlib.Path, keep: list[bool], texts: dict[str, list[str]])
 
 
 def captions_of(source: sources.Source, step: int) -> Iterator[str]:
-  """All captions of each `step`-th record, cleaned; what cannot be used is left out."""
+  """All captions of each `step`-th record, cleaned; what cannot be used is left out, and images are not read.
+
+  Raises:
+    UserError: if there are none, after the last record, with the reasons.
+  """
+  left_out, some = collections.Counter(), False
   for index in tqdm.trange(0, len(source), max(1, step), desc='reading captions', mininterval=0.5):
     try:
-      yield from map(captions.clean, source[index].captions)
-    except BadRecord:
+      texts = _clean_texts(captions.at(source, index))
+    except BadRecord as error:
+      left_out[error.reason] += 1
       continue
+    some = True
+    yield from texts
+  if not some:
+    raise UserError(f'a tokenizer needs captions to learn from; there are none: {_reasons(left_out) or "no record at all"}')
 
 
 def _finish(folder: pathlib.Path, asked: dict[str, Any], notes: dict[str, list[dict[str, Any]]], options: Options,
@@ -361,6 +376,10 @@ def _left_out(notes: list[dict[str, Any]]) -> dict[str, int]:
   """How many records, by reason."""
   counts = {reason: sum(note['left_out'].get(reason, 0) for note in notes) for reason in REASONS}
   return {reason: count for reason, count in counts.items() if count}
+
+
+def _reasons(counts: dict[str, int]) -> str:
+  return ', '.join(f'{count:,} {reason} ({REASONS[reason]})' for reason, count in counts.items())
 
 
 def _histogram(values: list[int]) -> Iterator[str]:

@@ -120,9 +120,19 @@ def shards(path: str, suffix: str) -> tuple[Folder, list[str]]:
   Raises:
     UserError: if there are none.
   """
-  if path.endswith(suffix):
+  if path.endswith(suffix) and not _is_folder(path):
     return Folder(os.path.dirname(path) or '.'), [os.path.basename(path)]
   folder = Folder(path)
   if not (names := folder.files(suffix)):
     raise UserError(f'{path!r} has no {suffix} files (links are not followed)')
   return folder, names
+
+
+def _is_folder(path: str) -> bool:   # Spark and Dask write a folder x.parquet
+  if '://' not in path:
+    return os.path.isdir(os.path.expanduser(path))
+  try:
+    remote, name = fsspec.core.url_to_fs(path)
+    return remote.info(name)['type'] == 'directory'
+  except (ImportError, ValueError, OSError):   # `Folder` says what is wrong
+    return False

@@ -1,6 +1,7 @@
 """`prepare` of other formats: what is kept, what is left out and counted, and that it goes on where it was stopped."""
 import contextlib
 import dataclasses
+import io
 import json
 import multiprocessing
 import os
@@ -8,6 +9,7 @@ import resource
 import time
 
 import numpy as np
+import PIL.Image
 import pytest
 import source_files
 
@@ -97,6 +99,20 @@ def test_what_is_kept_and_what_is_counted(tmp_path, capsys):
   batches.close()
 
 
+def test_a_picture_that_is_too_long_for_a_jpeg_stays_as_it_is(tmp_path):
+  # It ended the preparation with a traceback, at every start anew.
+  rows = [(f'{width}', io.BytesIO(), f'{width} wide') for width in (90_000, 70_000)]
+  for width, file, _ in rows:
+    PIL.Image.new('RGB', (int(width), 30), (int(width) % 256, 0, 0)).save(file, 'PNG')
+  rows = [(key, file.getvalue(), text) for key, file, text in rows]
+  path = source_files.write_tars(tmp_path / 'in', [*rows, *source_files.pairs(3)]).partition(':')[2]
+  flags = [f'--out={tmp_path / "out"}', '--size=24', '--vocab_size=64', '--processes=1']
+  prepare.main(prepare.parse(['webdataset', path, *flags]))
+  images = {record.captions[0]: record.image for record in pipeline.evaluation_records(tmp_path / 'out', 'train')}
+  assert len(images) == 5 and images['90000 wide'] == rows[0][1]
+  assert transforms.image_shape(images['70000 wide']) == (24, 56_000)
+
+
 @pytest.mark.parametrize('old', [False, True])
 def test_a_folder_that_was_prepared_otherwise_is_said(tmp_path, capsys, old):
   out = _prepare(tmp_path, '--processes=1', '--size=16', '--holdout_every=4')
@@ -111,7 +127,7 @@ def test_a_folder_that_was_prepared_otherwise_is_said(tmp_path, capsys, old):
   assert capsys.readouterr().out == said
   errors = {'--size=8': r'size=16 \(not 8\)', '--holdout_every=0': r"holdout_every=(4|'\?') \(not 0\)"}
   if not old:
-    errors |= {'--quality=80': r'quality=90 \(not 80\)', '--image_column=x': r"image_column='' \(not 'x'\)"}
+    errors |= {'--quality=80': r'quality=90 \(not 80\)', '--caption_column=x': r"caption_column='' \(not 'x'\)"}
   for flag, error in errors.items():
     with pytest.raises(UserError, match=f'{error}; delete it or give another --out'):
       prepare.main(prepare.parse([*same, flag]))
@@ -407,6 +423,19 @@ def test_a_tokenizer_of_a_source(tmp_path, capsys):
   assert tokenizer.decode(tokenizer.encode(['a thing & 0001'], 40)[0]) == 'a thing & 0001'
   with pytest.raises(UserError, match='ends with .model'):
     prepare.main(prepare.parse(['tokenizer', name, '--out=x']))
+
+
+def test_a_tokenizer_needs_no_images_and_says_why_there_are_no_captions(tmp_path):
+  # Rows whose images were not there yet gave 'a tokenizer needs captions to learn from; there are none', and no reason.
+  (tmp_path / 'x.csv').write_text('filepath,title\na.jpg,a red apple\nb.jpg,\nc.jpg,&nbsp;\nd.jpg\n')
+  command = prepare.parse(['tokenizer', f'csv:{tmp_path}/x.csv', f'--out={tmp_path / "t.model"}', '--vocab_size=64'])
+  prepare.main(command)
+  assert tokenizers.load(tmp_path / 't.model').vocab_size > 5
+  for text, said in (('filepath,title\nb.jpg,\nc.jpg,&nbsp;\nd.jpg\n', '2 no_caption .there is no caption., 1 damaged .*'),
+                     ('filepath,title\n', 'no record at all')):
+    (tmp_path / 'x.csv').write_text(text)
+    with pytest.raises(UserError, match=f'^a tokenizer needs captions to learn from; there are none: {said}$'):
+      prepare.main(command)
 
 
 @pytest.mark.parametrize(('value', 'said'), [(['a', None, ' '], ('a',)), ('  x ', ('x',)), (b'\xff', 'bad_caption'),

@@ -125,7 +125,7 @@ def test_training_over_the_corpus_counts_exactly(write, tmp_path, options, capfd
   rows = [('', image, text.encode()) for _, image, text in source_files.pairs(GOOD)] + bad
   assert len(rows) == 60 and len(bad) == 40
   name = write(tmp_path, rows)
-  options = config.replace(options, image_root=str(tmp_path))
+  options = config.replace(options, image_root=str(tmp_path) if write is _tfds else '')
   batches = _batches(name, options)
   ids = []
   for _ in range(5):   # one epoch
@@ -286,6 +286,12 @@ def test_json_lines_that_are_blank_and_values_that_are_null(tmp_path):
           b'', b' ']
   assert _rows(tmp_path / 'x.jsonl', tmp_path, b'\n'.join(rows)) == ['one', 'two', 'no_caption']
   assert captions.of_json(b'{"caption": null, "text": "real"}') == ('real',)
+
+
+def test_a_caption_ends_where_a_line_of_a_file_does():
+  # 'red\u2028apple' was two captions, "red" and "apple".
+  whole = ('red\u2028apple', 'one\x85two', 'three\x0bfour', 'five\x1csix\u2029seven\x0ceight')
+  assert captions.of_lines('\ufeff{}\r\n{}\n\n{}\r{}\n'.format(*whole).encode()) == whole
 
 
 @pytest.mark.parametrize(('value', 'said'), [(7, 'int 7'), ([{'raw': 'a'}], "dict {'raw': 'a'}"), (['a', 0.5], 'float 0.5')])

@@ -12,11 +12,12 @@ import threading
 
 import grain
 import numpy as np
+import pyarrow.parquet
 import pytest
 import source_files
 
 from lightclip_jax import config
-from lightclip_jax.data import convert, datasets, files, manifest, pipeline, sources, tokenizers
+from lightclip_jax.data import captions, convert, datasets, files, manifest, pipeline, sources, tokenizers
 from lightclip_jax.data.datasets import shapes
 from lightclip_jax.data.faults import BadRecord
 from lightclip_jax.errors import UserError
@@ -75,6 +76,83 @@ def test_records_are_what_was_written(made, kind):
   assert len({source.name(i) for i in range(COUNT)}) == COUNT
   again = pickle.loads(pickle.dumps(source))
   assert again.fingerprint == source.fingerprint and again[COUNT - 1] == source[COUNT - 1]
+
+
+@pytest.mark.parametrize('kind', [*source_files.WRITERS, 'mixture'])
+def test_captions_alone_are_the_records(made, kind):
+  names, options = made[0], config.replace(_options(made, kind), holdout_every=5)
+  name = f'{names["csv"]} + {names["array_record"]} + {names["webdataset"]}' if kind == 'mixture' else names[kind]
+  for split in ('train', sources.HELDOUT)[:1 if 'array_record' in name else 2]:
+    source = sources.open_parts(datasets.about(name, options), split)
+    for again in (source, pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(source))))):
+      assert [captions.at(again, i) for i in range(len(source))] == [source[i].captions for i in range(len(source))]
+
+
+@pytest.mark.parametrize('kind', ['webdataset', 'csv', 'jsonl', 'folder', 'parquet'])
+def test_captions_are_read_without_images(tmp_path, kind, monkeypatch):
+  # The tokenizer of twelve million pairs read a million whole images, and had to have them.
+  rows = source_files.pairs(3)
+  name = source_files.WRITERS[kind](tmp_path, rows)
+  source = sources.open_parts(datasets.about(name, config.Data()), 'train')
+  order = [source[i].captions for i in range(3)]
+  read, row_group = [], pyarrow.parquet.ParquetFile.read_row_group
+  monkeypatch.setattr(pyarrow.parquet.ParquetFile, 'read_row_group',
+                      lambda *args, columns, **more: read.extend(columns) or row_group(*args, columns=columns, **more))
+  part = sources.webdataset._part
+  monkeypatch.setattr(sources.webdataset, '_part', lambda *args: read.append(part(*args)) or read[-1])
+  for file in tmp_path.glob('images/*.jpg'):
+    file.unlink()
+  assert [captions.at(source, i) for i in range(3)] == order
+  assert read == {'parquet': ['caption'] * 2, 'webdataset': [text.encode() for text, in order]}.get(kind, [])
+
+
+def _recaptioned(folder, kind):
+  """Pictures with alt texts, of which one has a better caption in its JSON, one none there, and one no JSON."""
+  texts = {f'{key}.txt': f'alt {key}'.encode() for key in 'abc'}
+  texts |= {'a.json': b'{"caption": "alt a", "better": ["a red fox", "a fox"]}', 'b.json': b'{"caption": "alt b"}'}
+  data = {**texts, **{f'{key}.jpg': source_files.jpeg(number) for number, key in enumerate('abc')}}
+  if kind == 'folder':
+    for name, value in data.items():
+      (folder / name).write_bytes(value)
+  else:
+    with tarfile.open(folder / 'x.tar', 'w') as tar:
+      for name, value in sorted(data.items()):
+        source_files.add(tar, name, value)
+
+
+def _captions_or_reason(source, index):
+  try:
+    assert captions.at(source, index) == source[index].captions
+    return source[index].captions
+  except BadRecord as error:
+    return error.reason
+
+
+@pytest.mark.parametrize('kind', ['folder', 'webdataset'])
+def test_the_caption_column_of_json_beside_images(tmp_path, kind):
+  # It was ignored, and so were the better captions of recaptioned tars: the run learnt from the alt texts.
+  (tmp_path / 'in').mkdir()
+  _recaptioned(tmp_path / 'in', kind)
+  spec = sources.Spec(kind, str(tmp_path / 'in'), index=str(tmp_path / 'index'))
+  better = dataclasses.replace(spec, caption_column='better')   # an older version's index lies there then
+  plain, source = (sources.SOURCES[kind](about) for about in (spec, better))
+  for opened, said in ((plain, [('alt a',), ('alt b',), ('alt c',)]),
+                       (source, [('a red fox', 'a fox'), 'no_caption', ('alt c',)])):
+    for again in (opened, pickle.loads(pickle.dumps(opened))):
+      assert [_captions_or_reason(again, i) for i in range(3)] == said
+  assert plain.fingerprint != source.fingerprint
+  with pytest.raises(UserError, match="data.caption_column is 'x', but '/.*' has no JSON beside its images; leave it at ''"):
+    (tmp_path / 'texts').mkdir()
+    source_files.WRITERS[kind](tmp_path / 'texts', source_files.pairs(2))
+    sources.SOURCES[kind](dataclasses.replace(better, path=str(tmp_path / 'texts'), caption_column='x'))
+
+
+@pytest.mark.parametrize(('kind', 'option'), [(kind, name) for kind, names in sources.IGNORED.items() for name in names])
+def test_options_that_a_kind_would_ignore_are_refused(made, kind, option):
+  names, options = made[0], config.replace(made[1], **{option: 'here'})
+  with pytest.raises(UserError, match=f"^data.{option} is 'here', which {kind} would ignore; leave it at '' .it is for csv, "):
+    datasets.resolve(names[kind], options)
+  assert len(datasets.about(f'{names["csv"]} + {names[kind]}', options)['parts']) == 2   # which needs it
 
 
 def test_a_worker_of_a_folder_whose_list_is_gone(tmp_path):
@@ -321,6 +399,26 @@ def test_buckets_are_read_through_fsspec(made):
       memory.pipe(f'/bucket/{os.path.basename(path)}', file.read())
   _assert_equal(_take(_batches(({'bucket': 'webdataset:memory://bucket'}, options), 'bucket'), 2),
                 _take(_batches(made, 'webdataset'), 2))
+
+
+@pytest.mark.parametrize(('kind', 'suffix'), [('parquet', 'parquet'), ('webdataset', 'tar')])
+@pytest.mark.parametrize('bucket', [False, True])
+def test_a_folder_that_is_named_as_a_file(tmp_path, kind, suffix, bucket):
+  # What Spark writes, a folder x.parquet, was "no whole Parquet file (the file is not there)".
+  import fsspec
+  rows, folder = source_files.pairs(4), tmp_path / f'x.{suffix}'
+  folder.mkdir()
+  source_files.WRITERS[kind](folder, rows)
+  (folder / '_SUCCESS').touch()
+  path = str(folder)
+  if bucket:
+    path = f'memory://folders/x.{suffix}'
+    fsspec.filesystem('memory').put(str(folder), f'/folders/x.{suffix}', recursive=True)
+  for name in (path, f'{path}/'):
+    source = sources.open_parts(datasets.about(f'{kind}:{name}', config.Data()), 'train')
+    assert {source[i].image for i in range(4)} == {image for _, image, _ in rows}
+  one = f'{path}/{"00000.tar" if kind == "webdataset" else "train-00000.parquet"}'
+  assert len(sources.open_parts(datasets.about(f'{kind}:{one}', config.Data()), 'train')) == 2
 
 
 @pytest.mark.parametrize('name', ['../secret.jpg', '/etc/passwd', 'link.jpg', 'folder/../../secret.jpg', 'linked/secret.jpg'])

@@ -22,6 +22,7 @@ BUILT_IN: dict[str, Callable[..., None]] = {
 # Counted up whenever a built-in set's contents change, so that no run continues on, or is compared with, an older one.
 EDITION = {'emoji': 2, 'icons': 1, 'shapes': 1}
 _PLUS = ' + '
+_COLUMNS = ('image_column', 'caption_column', 'image_root')
 
 
 def cache() -> pathlib.Path:
@@ -78,15 +79,25 @@ def _check_nothing_ignored(name: str, options: configs.Data) -> None:
   decisive = () if options.tokenizer else ('weights',)   # with another tokenizer it is a mixture of one part
   if options.holdout_every and not options.tokenizer and (name in BUILT_IN or len(manifest.load(_prepared(name)).splits) > 1):
     decisive = (*decisive, 'holdout_every')   # it has held-out splits already
-  for option in ('image_column', 'caption_column', 'image_root', *decisive):
+  for option in (*_COLUMNS, *decisive):
     if value := getattr(options, option):
       raise UserError(f'data.{option} is {value!r}, but {name!r} is one prepared set, where it changes nothing; leave '
                       f'it at {getattr(configs.Data(), option)!r}')
 
 
+def _check_columns_used(parts: list[Spec], options: configs.Data) -> None:
+  kinds = list(dict.fromkeys(part.kind for part in parts))
+  for option in _COLUMNS:
+    users = [kind for kind in sources.SOURCES if option not in sources.IGNORED.get(kind, ())]
+    if (value := getattr(options, option)) and not set(users) & set(kinds):
+      raise UserError(f"data.{option} is {value!r}, which {' and '.join(kinds)} would ignore; leave it at '' (it is for "
+                      f'{", ".join(users)})')
+
+
 def about(name: str, options: configs.Data) -> dict[str, Any]:
   """What `sources.open_parts` opens, for KIND:PATH or several. Raises as `resolve`."""
   parts = [_spec(part.strip(), options) for part in name.split(_PLUS)]
+  _check_columns_used(parts, options)
   if options.weights and (len(options.weights) != len(parts) or min(options.weights) <= 0):
     raise UserError(f'data.weights is {options.weights}; {name!r} needs {len(parts)} numbers above 0')
   if options.holdout_every < 0 or options.holdout_every == 1:

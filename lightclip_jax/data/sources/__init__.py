@@ -15,7 +15,10 @@ from lightclip_jax.errors import UserError
 
 
 class Source(Protocol):
-  """Random access to the records of one split. Reading one raises `faults.BadRecord` where it cannot be used."""
+  """Random access to the records of one split. Reading one raises `faults.BadRecord` where it cannot be used.
+
+  Where captions lie apart from images, `captions(index)` reads them alone; `captions.at` reads those of any source.
+  """
   fingerprint: str             # of the contents, as far as they are told without reading all
 
   def __len__(self) -> int: ...
@@ -34,6 +37,13 @@ SOURCES: dict[str, Callable[[Spec], Source]] = {
     'tfds': tfds.TfdsSource,
     'tsv': table.CsvSource,
     'webdataset': webdataset.WebDatasetSource,
+}
+# Options of a `Spec` that say nothing to a kind.
+IGNORED: dict[str, tuple[str, ...]] = {
+    'array_record': ('image_column', 'caption_column', 'image_root'),
+    'folder': ('image_column', 'image_root'),
+    'parquet': ('image_root',),
+    'webdataset': ('image_column', 'image_root'),
 }
 HELDOUT = 'heldout'            # the split of a source that training leaves out, where `data.holdout_every` asks for one
 

@@ -8,7 +8,7 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
-from lightclip_jax.data import indexes
+from lightclip_jax.data import captions, indexes
 from lightclip_jax.data.records import Record
 from lightclip_jax.data.sources.reopened import Reopened
 from lightclip_jax.data.sources.table import TableSource
@@ -34,6 +34,11 @@ class MixtureSource:
     index = operator.index(index)
     number = bisect.bisect_right(self.starts, index) - 1
     return self.parts[number][index - self.starts[number]]
+
+  def captions(self, index: int) -> tuple[str, ...]:
+    """The record's, without its image where the part can."""
+    number = bisect.bisect_right(self.starts, index) - 1
+    return captions.at(self.parts[number], index - self.starts[number])
 
 
 class Part:
@@ -69,6 +74,10 @@ class Part:
 
   def __getitem__(self, index: SupportsIndex) -> Record:
     return self._source[self.place(operator.index(index))]
+
+  def captions(self, index: int) -> tuple[str, ...]:
+    """The record's, without its image where the source can."""
+    return captions.at(self._source, self.place(index))
 
   def __getstate__(self) -> dict[str, Any]:
     return {name: value for name, value in vars(self).items() if name != '_places'}

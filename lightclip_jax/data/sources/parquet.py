@@ -55,11 +55,11 @@ class ParquetSource:
     return sizes, (_column(names, self.spec.image_column, _IMAGE_COLUMNS, file),
                    _column(names, self.spec.caption_column, _CAPTION_COLUMNS, file))
 
-  def _read_group(self, number: int) -> pyarrow.Table:
+  def _read_group(self, number: int, columns: tuple[str, ...]) -> pyarrow.Table:
     file, group = self._groups[number]
     # Buffered in advance, the file is read by a thread of Arrow's, which aborts a process that ends while it frees the bytes.
     with self._folder.open(file) as opened, pyarrow.parquet.ParquetFile(opened, pre_buffer=False) as parquet:
-      return parquet.read_row_group(group, columns=list(self._columns), use_threads=False)
+      return parquet.read_row_group(group, columns=list(columns), use_threads=False)
 
   def __len__(self) -> int:
     return self._starts[-1]
@@ -72,19 +72,26 @@ class ParquetSource:
 
   def __getitem__(self, index: SupportsIndex) -> Record:
     index = range(len(self))[index]
-    number = bisect.bisect_right(self._starts, index) - 1
-    try:
-      with self._lock:   # neither the cache nor a reader may be used by two threads at once
-        table = self._group(number)
-      image, caption = (table[name][index - self._starts[number]].as_py() for name in self._columns)
-    except UnicodeDecodeError as error:
-      raise BadRecord('bad_caption') from error
-    except _ERRORS as error:
-      raise error if isinstance(error, BadRecord) else BadRecord('damaged', str(error).splitlines()[0]) from error
+    image, caption = self._values(index, self._columns)
     image = image.get('bytes') if isinstance(image, dict) else image
     if not isinstance(image, bytes):   # a path would lead anywhere; Hugging Face's own loader wants bytes here too
       raise BadRecord('missing', 'no image bytes')
     return Record(f'{index}', image, captions.of_value(caption))
+
+  def captions(self, index: int) -> tuple[str, ...]:
+    """Those of the row; the column of images is not read. Raises BadRecord."""
+    return captions.of_value(*self._values(index, self._columns[1:]))
+
+  def _values(self, index: int, columns: tuple[str, ...]) -> list[Any]:
+    number = bisect.bisect_right(self._starts, index) - 1
+    try:
+      with self._lock:   # neither the cache nor a reader may be used by two threads at once
+        table = self._group(number, columns)
+      return [table[name][index - self._starts[number]].as_py() for name in columns]
+    except UnicodeDecodeError as error:
+      raise BadRecord('bad_caption') from error
+    except _ERRORS as error:
+      raise error if isinstance(error, BadRecord) else BadRecord('damaged', str(error).splitlines()[0]) from error
 
   def __reduce__(self) -> tuple[Any, ...]:
     return Reopened, (ParquetSource, self.spec, self.fingerprint)

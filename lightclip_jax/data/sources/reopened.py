@@ -3,6 +3,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, SupportsIndex
 
+from lightclip_jax.data import captions
 from lightclip_jax.data.records import Record
 from lightclip_jax.data.sources.spec import Spec
 from lightclip_jax.errors import UserError
@@ -38,6 +39,10 @@ class Reopened:
 
   def __getitem__(self, index: SupportsIndex) -> Record:
     return self.opened[index]
+
+  def captions(self, index: int) -> tuple[str, ...]:
+    """The record's, without its image where the source can."""
+    return captions.at(self.opened, index)
 
   def __reduce__(self) -> tuple[Any, ...]:
     return Reopened, (self._kind, self._spec, self.fingerprint)

@@ -97,12 +97,19 @@ class TableSource:
     return f'{self._file} row {index + 1}'
 
   def __getitem__(self, index: SupportsIndex) -> Record:
-    start, end = (int(place) for place in self._ends[int(index):int(index) + 2])
-    path, caption = self._parse(self._folder.read(self._file, start, end - start))
+    path, caption = self._row(int(index))
     if not isinstance(path, str) or not path:
       raise BadRecord('missing', 'no path')
     texts = captions.of_value(caption)
     return Record(f'{int(index)}/{path}', self._images.read(path), texts)
+
+  def captions(self, index: int) -> tuple[str, ...]:
+    """Those of the row, whose image need not be there. Raises BadRecord."""
+    return captions.of_value(self._row(index)[1])
+
+  def _row(self, index: int) -> tuple[Any, Any]:
+    start, end = (int(place) for place in self._ends[index:index + 2])
+    return self._parse(self._folder.read(self._file, start, end - start))
 
   def __reduce__(self) -> tuple[Any, ...]:
     return Reopened, (type(self), self.spec, self.fingerprint)

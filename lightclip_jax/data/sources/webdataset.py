@@ -1,5 +1,6 @@
 """WebDataset tar files in img2dataset's layout (KEY.jpg beside KEY.txt or KEY.json), read at random through an index.
 
+The text goes before the JSON, unless `data.caption_column` names what is to be read of that.
 A tar is walked header by header, once; nothing of it is unpacked, and no name in it is ever used as a path.
 """
 import collections
@@ -19,7 +20,7 @@ from lightclip_jax.data.sources.spec import Spec
 from lightclip_jax.errors import UserError
 
 IMAGES = ('jpg', 'jpeg', 'png', 'webp', 'gif', 'bmp', 'tif', 'tiff')
-_CAPTIONS = ('txt', 'json')    # the first that a sample has
+_CAPTIONS = ('txt', 'json')    # the first that a sample has, or with `data.caption_column` the last
 _BLOCK = 512
 _MAX_HEADER_DATA = 1 << 20     # of a long name; more is an attack or noise
 _SHOWN = 5                     # kinds of files that are named
@@ -40,22 +41,27 @@ class WebDatasetSource:
   """Random access by position over all tar files of a folder (or one tar); safe to read from threads."""
 
   def __init__(self, spec: Spec):
-    """Builds the index where there is none for the tars as they are; raises UserError without tars."""
+    """Builds the index where there is none for the tars as they are; raises UserError without tars, or JSON if asked for."""
     self.spec = spec
+    # An older version's index with the same options has the places of texts.
+    self._rules = [indexes.RULES, spec.caption_column] if spec.caption_column else [indexes.RULES]
     self._folder, self._tars = files.shards(spec.path, '.tar')
     try:
       stamps = [self._folder.stamp(tar) for tar in self._tars]
     except (OSError, BadRecord) as error:
       raise UserError(f'cannot read {spec.path!r}: {error}') from error
-    self._table = indexes.stored(f'{spec.index}/all', [indexes.RULES, stamps], lambda: self._build(stamps))
+    self._table = indexes.stored(f'{spec.index}/all', [*self._rules, stamps], lambda: self._build(stamps))
     self._rows = self._table['rows']
+    if spec.caption_column and len(self) and not (self._rows['caption_kind'] == _CAPTIONS.index('json')).any():
+      raise UserError(f'data.caption_column is {spec.caption_column!r}, but {spec.path!r} has no JSON beside its images; '
+                      "leave it at ''")
     # Tars are padded, so that other contents often have the same size.
-    self.fingerprint = indexes.digest([indexes.RULES, len(self), [stamp[:2] for stamp in stamps]])
+    self.fingerprint = indexes.digest([*self._rules, len(self), [stamp[:2] for stamp in stamps]])
 
   def _build(self, stamps: list[tuple[str, int, str]]) -> indexes.Table:
     tables, aside = [], collections.Counter()
     for number, stamp in enumerate(tqdm.tqdm(stamps, 'indexing', unit=' tar', disable=None, leave=False)):
-      table = indexes.stored(f'{self.spec.index}/tar-{indexes.digest(stamp[0])}', [indexes.RULES, stamp],
+      table = indexes.stored(f'{self.spec.index}/tar-{indexes.digest(stamp[0])}', [*self._rules, stamp],
                              lambda s=stamp: self._build_one(s, aside))
       rows = np.array(table['rows'])
       rows['tar'] = number
@@ -68,7 +74,7 @@ class WebDatasetSource:
 
   def _build_one(self, stamp: tuple[str, int, str], aside: collections.Counter[str]) -> indexes.Table:
     with self._folder.open(stamp[0]) as file:
-      samples = list(_samples(walk(file, stamp[1]), aside))
+      samples = list(_samples(walk(file, stamp[1]), aside, _CAPTIONS[::-1] if self.spec.caption_column else _CAPTIONS))
     rows = np.array([(0, *row) for _, row in samples], _ROW) if samples else np.zeros(0, _ROW)
     return {'rows': rows, **indexes.pack([key for key, _ in samples])}
 
@@ -80,14 +86,23 @@ class WebDatasetSource:
     return f'{self._tars[self._rows[index]["tar"]]}/{indexes.unpack(self._table, index)}'
 
   def __getitem__(self, index: SupportsIndex) -> Record:
+    image, text = self._parts(index, 'image', 'caption')
+    return Record(key_of(self.name(index)), image, self._parse(index, text))
+
+  def captions(self, index: int) -> tuple[str, ...]:
+    """Those of the sample, without its image. Raises BadRecord."""
+    return self._parse(index, *self._parts(index, 'caption'))
+
+  def _parts(self, index: SupportsIndex, *parts: str) -> list[bytes]:
     row = self._rows[index]
     if row['fault'] != _GOOD:
       raise BadRecord(list(REASONS)[row['fault']])
     with self._folder.open(self._tars[row['tar']]) as file:
-      image = _part(file, row['image_at'], row['image_size'])
-      text = _part(file, row['caption_at'], row['caption_size'])
-    parse = captions.of_json if _CAPTIONS[row['caption_kind']] == 'json' else captions.of_lines
-    return Record(key_of(self.name(index)), image, parse(text))
+      return [_part(file, row[f'{part}_at'], row[f'{part}_size']) for part in parts]
+
+  def _parse(self, index: SupportsIndex, text: bytes) -> tuple[str, ...]:
+    is_json = _CAPTIONS[self._rows[index]['caption_kind']] == 'json'
+    return captions.of_json(text, self.spec.caption_column) if is_json else captions.of_lines(text)
 
   def __reduce__(self) -> tuple[Any, ...]:
     return Reopened, (WebDatasetSource, self.spec, self.fingerprint)
@@ -101,10 +116,12 @@ def _part(file: BinaryIO, at: int, size: int) -> bytes:
   return data
 
 
-def _samples(members: Iterator[Member], aside: collections.Counter[str]) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _samples(members: Iterator[Member], aside: collections.Counter[str], kinds: tuple[str, ...],
+             ) -> Iterator[tuple[str, tuple[int, ...]]]:
   """(key, row) in the order of the keys' first members; what is there twice or lacks a half is a row with a fault.
 
-  What belongs to no sample is counted in `aside` by the end of its name: nothing else would say that it was there.
+  Of several captions the first of `kinds` counts. What belongs to no sample is counted in `aside` by the end of its name:
+  nothing else would say that it was there.
   """
   groups: dict[str, dict[str, Member]] = {}
   faulty = []
@@ -124,7 +141,7 @@ def _samples(members: Iterator[Member], aside: collections.Counter[str]) -> Iter
       aside['.*' if hidden else os.path.splitext(member.name)[1].lower()] += 1
   for key, group in groups.items():
     if len(group) > 1 or (whole := _whole(key)) == key or whole not in groups:
-      yield key, _sample(group)
+      yield key, _sample(group, kinds)
     else:   # KEY.mask.png of the sample KEY
       aside[next(iter(group.values())).name[len(whole):].lower()] += 1
   yield from faulty
@@ -149,8 +166,8 @@ def _whole(name: str) -> str:
   return folder + slash + base.partition('.')[0]
 
 
-def _sample(group: dict[str, Member]) -> tuple[int, ...]:
-  caption = next((kind for kind in _CAPTIONS if kind in group), None)
+def _sample(group: dict[str, Member], kinds: tuple[str, ...]) -> tuple[int, ...]:
+  caption = next((kind for kind in kinds if kind in group), None)
   fault = next((member.fault for member in group.values() if member.fault), '')
   if fault or 'image' not in group or not caption:
     return _row(fault=fault or ('no_caption' if 'image' in group else 'missing'))
