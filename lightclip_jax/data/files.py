@@ -35,13 +35,16 @@ class Folder:
   def files(self, *suffixes: str) -> list[str]:
     """Names of the files below the folder that end so, sorted; links are not followed, and one of them is named.
 
+    Names that begin with a dot are left out, as are folders of such names: Macs leave a ._NAME.jpg beside each NAME.jpg.
+
     Raises:
       UserError: if a folder in it cannot be read: what is there would be missing, and nobody would know.
     """
     if self.local:
       found, links = [], set()
       for folder, folders, names in os.walk(self._root, onerror=_refuse):
-        wanted = [os.path.join(folder, name) for name in names if name.lower().endswith(suffixes)]
+        folders[:] = [name for name in folders if name[0] != '.']
+        wanted = [os.path.join(folder, name) for name in names if name[0] != '.' and name.lower().endswith(suffixes)]
         links.update(path for path in [*(os.path.join(folder, name) for name in folders), *wanted] if os.path.islink(path))
         found += wanted
       if links:
@@ -49,7 +52,8 @@ class Folder:
                   'missing, unless it is copied there or is a source of its own')
       return sorted(os.path.relpath(path, self._root) for path in found if path not in links)
     prefix = self._root.rstrip('/') + '/'
-    return sorted(name.removeprefix(prefix) for name in self._remote.find(self._root) if name.lower().endswith(suffixes))
+    names = (name.removeprefix(prefix) for name in self._remote.find(self._root) if name.lower().endswith(suffixes))
+    return sorted(name for name in names if not any(part.startswith('.') for part in name.split('/')))
 
   def stamp(self, name: str) -> tuple[str, int, str]:
     """Name, bytes and time of the last change."""

@@ -17,7 +17,7 @@ SUFFIXES = frozenset('.jpg .jpeg .jfif .png .webp .gif .bmp .tif .tiff .avif .pp
 
 def find(folder: pathlib.Path) -> tuple[list[File], dict[File, str]]:
   """Every picture by its suffix, sorted, and the folders that cannot be read, with the reason; links to folders and hidden
-  folders are not entered.
+  folders are not entered, and hidden files, as Macs leave them, are none.
 
   Raises:
     UserError: if `folder` is no folder that can be read.
@@ -32,7 +32,7 @@ def find(folder: pathlib.Path) -> tuple[list[File], dict[File, str]]:
     folders[:] = sorted(name for name in folders if not name.startswith('.'))
     for name in sorted(names):
       path = os.path.join(parent, name)
-      if os.path.splitext(name)[1].lower() in SUFFIXES and os.path.isfile(path):
+      if name[0] != '.' and os.path.splitext(name)[1].lower() in SUFFIXES and os.path.isfile(path):
         status = os.stat(path)
         found.append((os.path.relpath(path, folder), status.st_size, status.st_mtime_ns))
   return found, unreadable

@@ -469,6 +469,17 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
       sources.SOURCES[kind](sources.Spec(kind, str(tmp_path), index=str(tmp_path / 'index')))
 
 
+def test_what_a_mac_leaves_beside_each_file_is_no_record(tmp_path):
+  for number, (name, image, text) in enumerate(source_files.pairs(4)):
+    folder = tmp_path / ('.thumbnails' if number == 3 else 'of dogs')
+    folder.mkdir(exist_ok=True)
+    (folder / f'{name}.jpg').write_bytes(image)
+    (folder / f'{name}.txt').write_text(text)
+    (folder / f'._{name}.jpg').write_bytes(b'\0\x05\x16\x07')
+  found = [f'of dogs/{name}.jpg' for name, _, _ in source_files.pairs(3)]
+  assert files.Folder(tmp_path).files('.jpg') == found == files.Folder(f'file://{tmp_path}').files('.jpg')
+
+
 def test_links_are_named_once(tmp_path, capsys):
   # A folder made of links to the classes of another was an empty one, and a single link just missing.
   for name in ('data', 'elsewhere'):

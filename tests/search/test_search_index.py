@@ -49,7 +49,8 @@ def made(export_folder, tmp_path_factory):
   (folder / 'pictures/2/cut.png').write_bytes(next(iter(files)).read_bytes()[:200])
   (folder / 'pictures/2/text.jpg').write_text('not a picture')
   (folder / 'pictures/.hidden').mkdir()
-  (folder / 'pictures/.hidden/a.png').write_bytes(next(iter(files)).read_bytes())
+  for name in ('.hidden/a.png', '._a.png'):
+    (folder / 'pictures' / name).write_bytes(next(iter(files)).read_bytes())
   (folder / 'pictures/notes.txt').write_text('no picture, by its name')
   result, embedded = index.update(folder / 'pictures', towers.Export(export_folder), folder / 'index', workers=2)
   assert embedded == 80

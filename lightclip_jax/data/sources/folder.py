@@ -14,7 +14,6 @@ from lightclip_jax.data.sources.spec import Spec
 from lightclip_jax.data.sources.webdataset import IMAGES
 from lightclip_jax.errors import UserError
 
-
 _CAPTIONS = ('.txt', '.json', '.TXT', '.JSON')   # as cameras and Windows programs name files, and their pictures
 _JSON_FIRST = ('.json', '.JSON', '.txt', '.TXT')
 
