@@ -4,7 +4,7 @@ Letters: N images, H height, W width, S output size.
 """
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import PIL.Image
@@ -15,12 +15,15 @@ from lightclip_jax.errors import UserError
 Image = PIL.Image.Image | str | os.PathLike[str]
 
 
-def check(images: Sequence[Image] | np.ndarray) -> None:
-  """Raises UserError for what `prepare` does not take: one image, or an array of another type or shape."""
+def check(images: Iterable[Image] | np.ndarray) -> Sequence[Image] | np.ndarray:
+  """The images as `prepare` takes them. Raises UserError for one image, no images, or an array of another type or shape."""
   if isinstance(images, (str, os.PathLike, PIL.Image.Image)):
     raise UserError(f'images is one {type(images).__name__}; give a list: [image]')
   if isinstance(images, np.ndarray) and (images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3):
     raise UserError(f'images are an array of {images.dtype} {list(images.shape)}; it must be uint8 [N, H, W, 3] in RGB')
+  if not isinstance(images, Iterable):
+    raise UserError(f'images is {str(images)[:60]!r}; it must be a list of paths or PIL images, or one uint8 array')
+  return images if isinstance(images, np.ndarray) else list(images)
 
 
 def prepare(images: Sequence[Image] | np.ndarray, size: int) -> np.ndarray:

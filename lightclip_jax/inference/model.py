@@ -5,7 +5,7 @@ Letters: N examples, b examples that a tower gets at a time, S image size, W tex
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -45,7 +45,7 @@ class Model:
   embed_dim: int
   logit_scale: float
 
-  def encode_image(self, images: Sequence[images_lib.Image] | np.ndarray) -> np.ndarray:
+  def encode_image(self, images: Iterable[images_lib.Image] | np.ndarray) -> np.ndarray:
     """float32 [N, D], unit norm, of N PIL images or paths, or of uint8 [N, H, W, 3] in RGB.
 
     Photos stand upright by their EXIF orientation, opened or not; an array is taken as it lies.
@@ -53,22 +53,21 @@ class Model:
     Raises:
       UserError: for an image that cannot be read, or an array of another type or shape.
     """
-    images_lib.check(images)
+    images = images_lib.check(images)
     size = self.preprocessing['size']
     return self._embed(self.image_tower, [images_lib.prepare(part, size) for part in _parts(images)])
 
-  def encode_text(self, texts: Sequence[str]) -> np.ndarray:
+  def encode_text(self, texts: Iterable[str]) -> np.ndarray:
     """float32 [N, D], unit norm, of N texts.
 
     Raises:
-      UserError: for what is not a list of str.
+      UserError: for what is not a list of str, or another row of them.
     """
-    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-      raise UserError(f'texts is {str(texts)[:60]!r}; it must be a list of str')
+    texts = _strings('texts', texts)
     return self._embed(self.text_tower, [self.tokenizer.encode(part, self.context) for part in _parts(texts)])
 
-  def classify(self, images: Sequence[images_lib.Image] | np.ndarray, class_names: Sequence[str],
-               templates: Sequence[str] = ('{}',)) -> np.ndarray:
+  def classify(self, images: Iterable[images_lib.Image] | np.ndarray, class_names: Iterable[str],
+               templates: Iterable[str] = ('{}',)) -> np.ndarray:
     """Probabilities, float32 [N, C], of each class for each image: zero-shot, as CLIP does it.
 
     Args:
@@ -77,11 +76,9 @@ class Model:
       templates: texts with one `{}` each, where the name goes; a class is the mean of its texts' embeddings.
 
     Raises:
-      UserError: without classes, for an empty name, or a template without exactly one `{}`.
+      UserError: without classes, for an empty name, what is no str, or a template without exactly one `{}`.
     """
-    for name, value in (('class_names', class_names), ('templates', templates)):
-      if isinstance(value, str) or not len(value):
-        raise UserError(f'{name} is {str(value)[:60]!r}; it must be a list of at least one str')
+    class_names, templates = _strings('class_names', class_names, 1), _strings('templates', templates, 1)
     classes_CxD = class_names_lib.class_embeddings(self.encode_text, class_names, templates)
     logits_NxC = self.logit_scale * self.encode_image(images) @ classes_CxD.T
     weights_NxC = np.exp(logits_NxC - logits_NxC.max(axis=1, keepdims=True))
@@ -130,6 +127,14 @@ def towers(loaded: checkpoint.Loaded) -> tuple[Tower, Tower]:
     return lambda batch: run(variables, batch)
 
   return tower('encode_image'), tower('encode_text')
+
+
+def _strings(name: str, value: Iterable[str], least: int = 0) -> list[str]:
+  """Raises UserError for what holds another thing than str, or fewer than `least`."""
+  strings = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [None]
+  if len(strings) < least or not all(isinstance(string, str) for string in strings):
+    raise UserError(f'{name} is {str(value)[:60]!r}; it must be a list of {"at least one " * bool(least)}str')
+  return strings
 
 
 def _parts(batch: Sequence[Any] | np.ndarray) -> list[Any]:

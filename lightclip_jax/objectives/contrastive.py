@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from lightclip_jax.errors import UserError
@@ -116,7 +117,7 @@ def softened_contrastive_loss(
   batch = image_embeddings_BxD.shape[0]
   if duplicate_ids is not None and jnp.shape(duplicate_ids) != (batch,):
     raise UserError(f'duplicate_ids has shape {jnp.shape(duplicate_ids)}; it must be ({batch},)')
-  hard, uniform = (_concrete(x) and float(x) == 0 for x in (alpha, beta))
+  hard, uniform = (_concrete(x) and _number(x) == 0 for x in (alpha, beta))
   setting = _Setting(ring, target_source, duplicates, 'hard' if hard else 'uniform' if uniform else 'similarity')
   numbers = tuple(jnp.asarray(x, jnp.float32).reshape(()) for x in (logit_scale, alpha, beta, target_temperature))
   data = image_embeddings_BxD.astype(jnp.float32), text_embeddings_BxD.astype(jnp.float32), _ids(duplicate_ids)
@@ -147,17 +148,22 @@ def _concrete(x: Any) -> bool:
   return not isinstance(x, jax.core.Tracer)
 
 
+def _number(x: Any) -> float:
+  """Of one that has no axis, or one of length 1, as a scale may have."""
+  return float(np.asarray(x).reshape(()))
+
+
 def _check_modes(source: str, duplicates: str, temperature: Any, alpha: Any, beta: Any) -> None:
   for name, value, known in (('target_source', source, ('cross', 'intra')),
                              ('duplicates', duplicates, ('negative', 'positive', 'ignore'))):
     if value not in known:
       raise UserError(f'{name} is {value!r}; it can be one of {", ".join(map(repr, known))}')
-  for name, value in (('alpha', alpha), ('beta', beta)):
+  for name, value in (('alpha', alpha), ('beta', beta), ('target_temperature', temperature)):
     if jnp.size(value) != 1:
       raise UserError(f'{name} has shape {jnp.shape(value)}; it must be a scalar')
-    if _concrete(value) and not 0 <= float(value) <= 1:
-      raise UserError(f'{name} is {float(value)}; it must be in [0, 1]')
-  if _concrete(temperature) and not float(temperature) > 0:
+    if name != 'target_temperature' and _concrete(value) and not 0 <= _number(value) <= 1:
+      raise UserError(f'{name} is {_number(value)}; it must be in [0, 1]')
+  if _concrete(temperature) and not _number(temperature) > 0:
     raise UserError(f'target_temperature is {temperature}; it must be above 0')
 
 

@@ -48,6 +48,8 @@ def sinkhorn_plan(cost_xNxM: jax.Array, row_mask: jax.Array, col_mask: jax.Array
   """
   _check(cost_xNxM, row_mask, col_mask, gradient)
   check_options(epsilon, num_iterations)
+  if 0 in cost_xNxM.shape[-2:]:   # a side without items has no least cost
+    return jnp.zeros(cost_xNxM.shape, jnp.float32)
   cost = cost_xNxM.astype(jnp.float32)
   if gradient == 'envelope':
     cost = jax.lax.stop_gradient(cost)

@@ -3,6 +3,7 @@
 Letters: B batch, g pairs of a group, P image tokens, W text positions, d token embedding, G groups of a device.
 """
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -56,6 +57,8 @@ def token_matching_loss(
   if kind not in ('sinkhorn', 'max'):
     raise UserError(f"kind is {kind!r}; it must be 'sinkhorn' or 'max'")
   _check(image_tokens_BxPxd, text_tokens_BxWxd, text_mask_BxW, logit_scale, group_size, epsilon, num_iterations, ring)
+  if text_tokens_BxWxd.shape[1] == 0:
+    return _without_words(*image_tokens_BxPxd.shape[:2])
 
   def share(sharded: Any, _: None) -> tuple[Any, None]:
     fused = ring.mesh is not None or jax.device_count() == 1   # else the compiler might want to partition the kernel
@@ -72,12 +75,20 @@ def token_matching_loss(
   return loss, TokenMatchingAux(plans_BxPxW, own, *(jnp.sum(hit) / count for hit in hits))
 
 
+def _without_words(batch: int, patches: int) -> tuple[jax.Array, TokenMatchingAux]:
+  """What texts of no position give, where there is nothing to match."""
+  zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
+  return zeros(()), TokenMatchingAux(zeros((batch, patches, 0)), zeros(batch), zeros(()), zeros(()))
+
+
 def _check(image: jax.Array, text: jax.Array, mask: jax.Array, scale: Any, group_size: int,
            epsilon: float, num_iterations: int, ring: Ring) -> None:
   shapes = [jnp.shape(x) for x in (image, text, mask)]
   if [len(s) for s in shapes] != [3, 3, 2] or image.shape[::2] != text.shape[::2] or text.shape[:2] != mask.shape:
     raise UserError('token_matching_loss needs image tokens [B, P, d], text tokens [B, W, d] and text mask [B, W]; '
                     f'it has {shapes[0]}, {shapes[1]} and {shapes[2]}')
+  if shapes[0][1] == 0:
+    raise UserError(f'image tokens have shape {shapes[0]}; each image needs at least one')
   if jnp.size(scale) != 1:
     raise UserError(f'logit_scale has shape {jnp.shape(scale)}; it must be a scalar')
   if group_size < 1:

@@ -57,6 +57,8 @@ def test_texts_of_any_number_and_length(model):
   np.testing.assert_allclose(got[:3], got[12:], atol=1e-6)
   np.testing.assert_allclose(model.encode_text(texts[:1]), got[:1], atol=1e-5)
   assert np.abs(got[0] - got[1]).max() > 1e-3
+  for other in ((text for text in texts), dict.fromkeys(texts[:3]).keys(), np.array(texts[:3])):
+    np.testing.assert_allclose(model.encode_text(other)[:3], got[:3], atol=1e-5)
   assert model.encode_text([]).shape == model.encode_image([]).shape == (0, 16)
 
 
@@ -141,7 +143,15 @@ def test_classify_is_the_softmax_of_scaled_cosines(model):
   (lambda m: m.encode_image(np.zeros((1, 4, 0, 3), np.uint8)), 'one of 0 × 4 pixels'),
   (lambda m: m.encode_text('cat'), "texts is 'cat'"),
   (lambda m: m.encode_text([1]), 'list of str'),
+  (lambda m: m.encode_text(None), "texts is 'None'; it must be a list of str"),
+  (lambda m: m.encode_text(n for n in (1, 2)), 'list of str'),
+  (lambda m: m.encode_text(7), "texts is '7'"),
+  (lambda m: m.encode_image(None), "images is 'None'; it must be a list of paths"),
+  (lambda m: m.encode_image(path for path in ['/nowhere/cat.png']), 'cannot read the image'),
   (lambda m: m.classify(noise(1), []), 'class_names'),
+  (lambda m: m.classify(noise(1), [1, 2]), r"class_names is '\[1, 2\]'; it must be a list of at least one str"),
+  (lambda m: m.classify(noise(1), None), "class_names is 'None'"),
+  (lambda m: m.classify(noise(1), ['a'], templates=[3]), r"templates is '\[3\]'; it must be a list of at least one str"),
   (lambda m: m.classify(noise(1), ['a'], templates='{}'), "templates is '{}'"),
   (lambda m: m.classify(noise(1), ['a'], templates=['x']), 'must hold {} once'),
 ])

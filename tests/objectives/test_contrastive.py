@@ -130,6 +130,16 @@ def test_aux_measures_the_batch():
   assert aux.top1_image_to_text == 6 / 8 and aux.duplicate_fraction == 2 / 8
 
 
+def test_numbers_may_have_an_axis_of_one():
+  image, text = reference.unit(0, 8, D), reference.unit(1, 8, D)
+  loss = functools.partial(softened_contrastive_loss, image, text)
+  for alpha, beta in ((0.2, 0.5), (0.0, 0.0), (0.2, 0.0)):
+    expected = loss(10.0, alpha=alpha, beta=beta, target_temperature=0.1)[0]
+    for array in (np.array, jnp.array):
+      scale, *others = (array([x], np.float32) for x in (10, alpha, beta, 0.1))
+      assert loss(scale, **dict(zip(('alpha', 'beta', 'target_temperature'), others, strict=True)))[0] == expected
+
+
 def test_targets_get_no_gradient():
   image, text = reference.unit(0, 8, D), reference.unit(1, 8, D)
 
@@ -288,6 +298,9 @@ def test_rows_are_scanned_in_even_runs(length, most, runs):
   (r'\(8, 32\).*\(8, 16\)', dict(text=np.zeros((8, 16)))),
   (r'logit_scale.*\(2,\)', dict(scale=np.ones(2))),
   (r'alpha is 1\.5', dict(alpha=1.5)),
+  (r'alpha is 1\.5', dict(alpha=np.full(1, 1.5))),
+  (r'beta has shape \(2,\)', dict(beta=np.zeros(2))),
+  (r'target_temperature has shape \(2,\)', dict(target_temperature=np.ones(2))),
   (r'beta is -0\.1', dict(beta=-0.1)),
   (r'target_temperature is 0', dict(target_temperature=0)),
   (r"target_source is 'both'.*'intra'", dict(target_source='both')),
@@ -351,7 +364,8 @@ def test_the_gradient_of_a_gradient_is_finite_at_the_largest_scale(mode):
   image[0] *= -1   # the duplicate, which is ignored, lies e^100 above all that is counted
 
   def steepness(image, scale):
-    f = lambda *x: softened_contrastive_loss(x[0], text, x[1], alpha=0.3, beta=0.5, duplicate_ids=ids, duplicates=mode)[0]  # noqa: E731
+    def f(image, scale):
+      return softened_contrastive_loss(image, text, scale, alpha=0.3, beta=0.5, duplicate_ids=ids, duplicates=mode)[0]
     return sum(jnp.sum(g ** 2) for g in jax.grad(f, (0, 1))(image, scale))
   assert all(np.isfinite(g).all() for g in jax.jit(jax.grad(steepness, (0, 1)))(jnp.asarray(image), 100.0))
 

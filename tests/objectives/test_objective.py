@@ -167,6 +167,20 @@ def test_token_matching_does_not_depend_on_the_order_of_pairs_groups_patches_or_
     np.testing.assert_allclose(got, want, atol=2e-3 * np.abs(want).max())
 
 
+@pytest.mark.parametrize('kind', ['sinkhorn', 'max'])
+def test_token_matching_of_texts_without_a_position_is_0(kind):
+  image, text, mask = tokens(size=8)
+
+  def loss(image, text, mesh=None):
+    return token_matching_loss(image, text, mask[:, :0], 7.0, group_size=GROUP, kind=kind, mesh=mesh)
+  for mesh in (None, make_mesh(2)):
+    (value, aux), grad = jax.value_and_grad(loss, has_aux=True)(image, text[:, :0], mesh)
+    assert value == 0 and np.abs(grad).max() == 0 and aux.plans_BxPxW.shape == (8, P, 0)
+    masked = compiled()(image, text, 7.0, mask & False)[0][1]
+    assert all(getattr(aux, name).shape == getattr(masked, name).shape for name in (
+      'similarity_B', 'top1_image_to_text', 'top1_text_to_image'))
+
+
 def test_token_matching_finds_what_belongs_together():
   image = reference.unit(0, 8, P, D)
   (loss, aux), _ = compiled()(image, image[:, 1:], 50.0, np.ones((8, W), bool))   # the words are five of the patches
@@ -178,6 +192,7 @@ def test_token_matching_finds_what_belongs_together():
 @pytest.mark.parametrize(('message', 'shapes', 'options'), [
   (r'\(8, 6, 4\).*\(6, 5, 4\)', ((8, 6, 4), (6, 5, 4), (6, 5)), {}),
   (r'\(8, 6, 4\).*\(8, 5, 3\)', ((8, 6, 4), (8, 5, 3), (8, 5)), {}),
+  (r'image tokens have shape \(8, 0, 4\); .* at least one', ((8, 0, 4), (8, 5, 4), (8, 5)), {}),
   (r'\(8, 4\)', ((8, 6, 4), (8, 5, 4), (8, 4)), {}),
   (r'8.*groups of 3', ((8, 6, 4), (8, 5, 4), (8, 5)), dict(group_size=3)),
   (r'8.*2 devices in groups of 8.*16', ((8, 6, 4), (8, 5, 4), (8, 5)),

@@ -195,6 +195,15 @@ def test_memory_of_the_envelope_gradient_does_not_grow_with_iterations():
   assert temporaries(20, 'unroll') > 1.5 * few   # what it would be
 
 
+@pytest.mark.parametrize('gradient', ['envelope', 'unroll'])
+@pytest.mark.parametrize('shape', [(0, 3), (3, 0), (2, 0, 0), (0, 2, 3)])
+def test_a_side_without_items_is_an_empty_plan(shape, gradient):
+  cost, rows, cols = full(np.zeros(shape, np.float32))
+  plan = sinkhorn_plan(cost, rows, cols, gradient=gradient)
+  assert plan.shape == shape and plan.dtype == np.float32
+  assert jax.grad(lambda c: jnp.sum(sinkhorn_plan(c, rows, cols, gradient=gradient)))(cost).shape == shape
+
+
 def test_bfloat16_costs():
   cost, rows, cols = problems(10, 6, 4)
   rounded = jnp.asarray(cost, jnp.bfloat16)
