@@ -377,15 +377,16 @@ def _padded(first: int, images: list[concurrent.futures.Future], share: int, ima
   return batch
 
 
-def evaluation_records(folder: str | storage.Path, split: str, max_pixels: int = transforms.MAX_PIXELS) -> list[Record]:
-  """Every record of a split in order, images left encoded: captions, concept, group and style by index.
+def evaluation_records(folder: str | storage.Path, split: str, max_pixels: int = transforms.MAX_PIXELS,
+                       most: int | None = None) -> list[Record]:
+  """Every record of a split (the first `most`) in order, images left encoded: captions, concept, group and style by index.
 
   One that cannot be used is black and has an empty caption, so that it counts as a mistake; so is one with more pixels than
   `max_pixels` and than `prepare` let through.
   """
   source, limit = sources.open_split(folder, split), _limit(folder, max_pixels)
   with concurrent.futures.ThreadPoolExecutor(_threads()) as pool:
-    return list(pool.map(lambda index: _usable(source, index, limit)[0], range(len(source))))
+    return list(pool.map(lambda index: _usable(source, index, limit)[0], range(len(source))[:most]))
 
 
 def _threads() -> int:

@@ -18,6 +18,7 @@ from lightclip_jax.export.towers import Towers
 
 MIN_COSINE = 0.9999
 EXAMPLES = 32
+MOST_QUESTIONS = 5000
 PREFERRED = 'heldout_style'   # the split that tells most, where there is one
 
 Inputs = Mapping[str, np.ndarray]   # TOWER/KIND -> examples: 'image/noise' uint8 [N, S, S, 3], 'text/noise' int32 [N, W], …
@@ -43,7 +44,7 @@ def noise(towers: Towers, seed: int = 0) -> Inputs:
 
 def real(towers: Towers, folder: storage.Path) -> Inputs:
   """The first examples of the split that `questions` are of."""
-  records = _records(towers, folder)[:EXAMPLES]
+  records = _records(towers, folder, EXAMPLES)
   return {'image/real': _images(towers, records),
           'text/real': towers.loaded.tokenizer.encode([r.captions[0] for r in records], towers.text_item.shape[0])}
 
@@ -77,11 +78,11 @@ def check(lowest: Mapping[str, float]) -> None:
 
 
 def questions(towers: Towers, folder: storage.Path) -> Questions | None:
-  """The held-out style (else the config's first split) and all concepts of the data; None where they have none."""
+  """The held-out style (else the config's first split, else one that is there) and all concepts of the data; None where they have none."""
   concepts = manifest.load(folder).concepts
   if not concepts:
     return None
-  records = _records(towers, folder)
+  records = _records(towers, folder, MOST_QUESTIONS)
   return Questions(_images(towers, records), concepts, labelled.labels(records, 'concept', concepts))
 
 
@@ -100,12 +101,12 @@ def latency(tower: Callable, example: np.ndarray, runs: int = 30) -> float:
   return 1000 * statistics.median(seconds[2:])
 
 
-def _records(towers: Towers, folder: storage.Path) -> Sequence:
-  splits = [s for s in towers.loaded.config.evaluation.splits if s in manifest.load(folder).splits]
-  if not splits:
-    raise UserError(f'{str(folder)!r} has none of the splits {", ".join(towers.loaded.config.evaluation.splits)}')
-  split = PREFERRED if PREFERRED in splits else splits[0]
-  return pipeline.evaluation_records(folder, split, towers.loaded.config.data.max_pixels)
+def _records(towers: Towers, folder: storage.Path, most: int) -> Sequence:
+  """The first ones of the split that tells most; of a set that was prepared without held-out records those trained on."""
+  config, there = towers.loaded.config, manifest.load(folder).splits
+  wanted = config.evaluation.splits
+  split = next(name for name in (*[PREFERRED] * (PREFERRED in wanted), *wanted, *reversed(there)) if name in there)
+  return pipeline.evaluation_records(folder, split, config.data.max_pixels, most)
 
 
 def _images(towers: Towers, records: Sequence) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 Letters: N examples, b examples that a tower gets at a time, S image size, W text positions, D embedding, C classes.
 """
+import collections
 import dataclasses
 import functools
 import os
@@ -55,7 +56,7 @@ class Model:
     """
     images = images_lib.check(images)
     size = self.preprocessing['size']
-    return self._embed(self.image_tower, [images_lib.prepare(part, size) for part in _parts(images)])
+    return self._embed(self.image_tower, (images_lib.prepare(part, size) for part in _parts(images)))
 
   def encode_text(self, texts: Iterable[str]) -> np.ndarray:
     """float32 [N, D], unit norm, of N texts.
@@ -64,7 +65,7 @@ class Model:
       UserError: for what is not a list of str, or another row of them.
     """
     texts = _strings('texts', texts)
-    return self._embed(self.text_tower, [self.tokenizer.encode(part, self.context) for part in _parts(texts)])
+    return self._embed(self.text_tower, (self.tokenizer.encode(part, self.context) for part in _parts(texts)))
 
   def classify(self, images: Iterable[images_lib.Image] | np.ndarray, class_names: Iterable[str],
                templates: Iterable[str] = ('{}',)) -> np.ndarray:
@@ -84,10 +85,18 @@ class Model:
     weights_NxC = np.exp(logits_NxC - logits_NxC.max(axis=1, keepdims=True))
     return weights_NxC / weights_NxC.sum(axis=1, keepdims=True)
 
-  def _embed(self, tower: Tower, parts: list[np.ndarray]) -> np.ndarray:
-    running = [(tower(_padded(part)), len(part)) for part in parts]   # all are started before the first is read
-    rows = [np.asarray(embeddings, np.float32)[:count] for embeddings, count in running]
-    return np.concatenate(rows) if rows else np.zeros((0, self.embed_dim), np.float32)
+  def _embed(self, tower: Tower, parts: Iterable[np.ndarray]) -> np.ndarray:
+    """What is made of each part is read two parts later: the tower never waits, and few parts are there at once."""
+    rows, running = [np.zeros((0, self.embed_dim), np.float32)], collections.deque()
+    for part in parts:
+      running.append((tower(_padded(part)), len(part)))
+      if len(running) > 2:
+        rows.append(_read(*running.popleft()))
+    return np.concatenate([*rows, *(_read(*last) for last in running)])
+
+
+def _read(embeddings: Any, count: int) -> np.ndarray:
+  return np.asarray(embeddings, np.float32)[:count]
 
 
 def load(path: str | os.PathLike[str], step: str | int = 'last') -> Model:

@@ -1,5 +1,6 @@
 """Exported folders are the model, hold nothing else, and say in one line what is wrong with them."""
 import contextlib
+import dataclasses
 import gzip
 import hashlib
 import json
@@ -14,7 +15,7 @@ import small_checkpoint
 
 import lightclip_jax
 from lightclip_jax import config as config_lib
-from lightclip_jax.data import tokenizers
+from lightclip_jax.data import manifest, tokenizers
 from lightclip_jax.data.datasets import shapes
 from lightclip_jax.errors import UserError
 from lightclip_jax.export import __main__ as command
@@ -348,6 +349,15 @@ def test_open_clip_runs_only_where_all_that_it_needs_is(tmp_path, monkeypatch):
   monkeypatch.setenv(open_clip.TORCH_PYTHON, str(silent))
   with pytest.raises(UserError, match='open_clip cannot load .* ended with exit code 7 and said nothing'):
     open_clip.embed(tmp_path, {})
+
+
+def test_a_set_without_held_out_records_is_verified_on_what_it_has(workdir, tmp_path):
+  """As `prepare` makes one, whose run holds records out as it trains: its export was refused."""
+  shapes.prepare(folder := tmp_path / 'shapes', size=24)
+  made = manifest.load(folder)
+  dataclasses.replace(made, splits={'train': made.splits['train']}).save(folder)
+  inputs = verify.real(towers.from_checkpoint(checkpoint.load(workdir)), folder)
+  assert inputs['image/real'].shape == (verify.EXAMPLES, 32, 32, 3) and inputs['text/real'].shape == (verify.EXAMPLES, 12)
 
 
 def test_mistakes_are_one_line(workdir, tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
 """`lightclip_jax.load`: any batch, any image mode, the same numbers as the model itself, and no training code."""
+import dataclasses
 import functools
 import subprocess
 import sys
@@ -60,6 +61,24 @@ def test_texts_of_any_number_and_length(model):
   for other in ((text for text in texts), dict.fromkeys(texts[:3]).keys(), np.array(texts[:3])):
     np.testing.assert_allclose(model.encode_text(other)[:3], got[:3], atol=1e-5)
   assert model.encode_text([]).shape == model.encode_image([]).shape == (0, 16)
+
+
+def test_few_pictures_are_there_at_once(model, monkeypatch):
+  read, most = [], []
+
+  class Lazy:
+    def __array__(self, *_, **__):
+      read.append(1)
+      return np.ones((64, 16), np.float32)
+
+  def prepare(part, size):
+    most.append(len(most) + 1 - len(read))
+    return np.zeros((len(part), size, size, 3), np.uint8)
+
+  monkeypatch.setattr(images_lib, 'prepare', prepare)
+  lazy = dataclasses.replace(model, image_tower=lambda batch: Lazy())
+  assert lazy.encode_image(['x.jpg'] * 64 * 20).shape == (1280, 16)
+  assert len(read) == 20 and max(most) == 3
 
 
 def test_a_bucket_is_compiled_once(model):
