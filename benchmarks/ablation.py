@@ -235,7 +235,8 @@ def main() -> None:
   """Makes the runs that are missing, or the report."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--out', type=pathlib.Path, required=True, help='lines of JSON')
-  parser.add_argument('--report', type=pathlib.Path, help='makes this page from the lines, and runs nothing')
+  parser.add_argument('--report', type=pathlib.Path,
+                      help='replaces the tables of this page, and its plot, by those of the lines; runs nothing')
   parser.add_argument('--runs', type=pathlib.Path, default=pathlib.Path('runs/ablation'))
   parser.add_argument('--size', choices=SIZES, default='cpu')
   parser.add_argument('--study', choices=STUDIES, default='rows')

@@ -1,8 +1,9 @@
 """The typed configuration: every option of a run, its default and what it means.
 
-A config file (`configs/*.py`) has `get_config(variant)`, which returns an `ml_collections.ConfigDict`. `load` applies
-command-line overrides (`--config.optimizer.learning_rate=1e-3`) and turns the result into frozen dataclasses; every name
-and type is checked, with "did you mean" for a name that does not exist. Values are literals: nothing is evaluated.
+A config file (`configs/*.py`) has `get_config(variant)`, which returns a `Config`, or an `ml_collections.ConfigDict` of all
+options or only of those that differ from the defaults. `load` applies command-line overrides
+(`--config.optimizer.learning_rate=1e-3`) and turns the result into frozen dataclasses; every name and type is checked, with
+"did you mean" for a name that does not exist. Values are literals: nothing is evaluated.
 """
 import ast
 import dataclasses
@@ -99,7 +100,7 @@ class Data:
   image_column: str = ''       # of tables, Parquet and TFDS; '': the usual names, such as filepath
   caption_column: str = ''     # of these, and of JSON beside images, which then goes before text; '': the usual names
   image_root: str = ''         # folder that a table's image paths are relative to; '': the table's own; of TFDS its folder
-  holdout_every: int = 0       # N: every N-th record (of tables: image) of KIND:PATH is the split 'heldout', not trained on
+  holdout_every: int = 0       # N: of data without held-out records each N-th (of tables: image) is 'heldout', not trained on
   max_pixels: int = 1 << 26    # larger images are left out before they are decoded
   max_faults: float = 0.1      # share of records that cannot be used above which a run stops
   workers: int = -1            # decoding processes; 0: threads, -1: threads on up to 4 cores, else cores - 1, 16 at most
@@ -307,7 +308,7 @@ def _from_file(spec: str) -> dict[str, Any]:
     return dataclasses.asdict(values)
   if isinstance(values, config_dict.ConfigDict):
     return values.to_dict()
-  raise UserError(f'get_config of {spec!r} returns {values!r}; it must be a ConfigDict, such as to_config_dict(Config())')
+  raise UserError(f'get_config of {spec!r} returns {values!r}; it must be a Config or a ConfigDict')
 
 
 def _get_config_of(path: pathlib.Path) -> typing.Callable[..., Any]:

@@ -23,10 +23,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
   parser.add_argument('--step', default='last', metavar='last|best|N',
                       help="which checkpoint; best is by the metric that the config's checkpoint.best names")
   parser.add_argument('--task', action='append', default=[], metavar='NAME',
-                      help='a task to run; may be repeated; "all" is all that need no further data. '
+                      help='a task to run; may be repeated; "all" is all that the emoji sets allow. '
                            'Without it: the splits that the config names')
-  parser.add_argument('--data', help="a prepared folder, a built-in data set, or KIND:PATH, all records of which are then the "
-                                     "split heldout; without it: the config's")
+  parser.add_argument('--data', help="a prepared folder, a built-in data set, or KIND:PATH (columns of the usual names), "
+                                     "all records of which are then the split heldout; without it: the config's")
   parser.add_argument('--prompts', metavar='NAME|FILE.json', help="templates instead of the tasks' own")
   parser.add_argument('--batch_size', type=int, help="examples at a time; without it: the config's")
   parser.add_argument('--out', required=True, help='the JSON file to write; with --compare the HTML file')

@@ -1,4 +1,4 @@
-"""Makes a data folder to train on, or adds to it: `python -m lightclip_jax.prepare KIND --out=DIR`."""
+"""Makes a data folder to train on, or adds to it: `python -m lightclip_jax.prepare KIND [PATH] --out=DIR`."""
 import argparse
 import functools
 import os
@@ -69,7 +69,7 @@ def _data_options(args: argparse.Namespace) -> configs.Data:
 
 
 def _source_flags(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument('path', help='the folder or file; of tfds NAME@SPLIT')
+  parser.add_argument('path', help='the folder or file; of tfds NAME@SPLIT; for tokenizer as config.data.dataset, KIND:PATH')
   parser.add_argument('--out', type=_path, required=True, metavar='DIR', help='a new folder (a file for tokenizer)')
   for name in ('image_column', 'caption_column', 'image_root'):
     parser.add_argument(f'--{name}', default='', help=f'as config.data.{name}')

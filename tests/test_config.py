@@ -56,7 +56,8 @@ OWN = """
 from ml_collections import config_dict
 from lightclip_jax import config
 def get_config(variant='some'):
-  some = config_dict.ConfigDict({'train': {'steps': config_dict.placeholder(int)}, 'objective': {'contrastive': {'alpha': 0.2}}})
+  some = config_dict.ConfigDict({'train': {'steps': config_dict.placeholder(int)}})
+  some.objective = {'contrastive': {'alpha': 0.2}}
   return {'some': some, 'typed': config.replace(config.Config(), name='typed'), 'none': None}[variant]
 """
 
@@ -68,7 +69,7 @@ def test_a_file_of_ones_own_may_say_what_differs(tmp_path):
   wanted = dict(train=dict(steps=7, batch_size=64), objective=dict(contrastive=dict(alpha=config_lib.constant(0.2))))
   assert config == config_lib.replace(Config(), **wanted)
   assert config_lib.load(f'{file}:typed', {'train.steps': '7'}).name == 'typed'
-  with pytest.raises(UserError, match='get_config of .*own.py:none. returns None; it must be a ConfigDict'):
+  with pytest.raises(UserError, match='get_config of .*own.py:none. returns None; it must be a Config or a ConfigDict'):
     config_lib.load(f'{file}:none')
   file.write_text('def get_config():\n  return 3')
   with pytest.raises(UserError, match=r"names the variant 'small', but .* has get_config\(\); it must be get_config\(variant"):

@@ -28,8 +28,8 @@ def short_of_memory(error: Exception, exit_code: int, needed: int) -> str:
   if usage.free >= needed:
     return ''
   return (f'{_SHARED} is full: it has {usage.total / 1e6:,.1f} MB, and data workers, which hand over batches through it, need '
-          f'up to {needed / 1e6:,.1f} MB; make it larger (docker run --shm-size=8g, Kubernetes: an emptyDir of medium Memory), or '
-          'decode in threads with data.workers=0')
+          f'up to {needed / 1e6:,.1f} MB; make it larger (docker run --shm-size=8g, Kubernetes: an emptyDir of medium Memory), '
+          'or decode in threads with data.workers=0')
 
 
 def start_worker(parent: int) -> None:

@@ -78,7 +78,8 @@ def check(lowest: Mapping[str, float]) -> None:
 
 
 def questions(towers: Towers, folder: storage.Path) -> Questions | None:
-  """The held-out style (else the config's first split, else one that is there) and all concepts of the data; None where they have none."""
+  """The held-out style (else the config's first split, else one that is there) and all concepts of the data; None where they
+  have none."""
   concepts = manifest.load(folder).concepts
   if not concepts:
     return None

@@ -104,8 +104,8 @@ def check_same_groups(config: config_lib.Config, before: int, now: int) -> None:
   """
   groups = config.model.batch_norm == 'local' and config.model.image.name in image_towers.BATCH_NORM
   if groups and before not in (0, now):
-    raise UserError(f"model.batch_norm is 'local', whose statistics are of a device's own share of the batch: the run began with "
-                    f'{before} devices for the batch, here are {now}; bring as many, or use another --workdir')
+    raise UserError(f"model.batch_norm is 'local', whose statistics are of a device's own share of the batch: the run began "
+                    f'with {before} devices for the batch, here are {now}; bring as many, or use another --workdir')
 
 
 def check_splits(config: config_lib.Config, folder: storage.Path) -> None:
@@ -117,11 +117,11 @@ def check_splits(config: config_lib.Config, folder: storage.Path) -> None:
   contents = manifest.load(folder)
   if not config.evaluation.splits:
     raise UserError(f'evaluation.splits is empty; it must name one of {", ".join(contents.splits)} '
-                    '(data.holdout_every makes one of KIND:PATH)')
+                    '(data.holdout_every makes one)')
   for split in config.evaluation.splits:
     if split not in contents.splits:
       raise UserError(f'evaluation.splits names {split!r}, which {config.data.dataset!r} does not have; it has: '
-                      f'{", ".join(contents.splits)} (data.holdout_every makes one of KIND:PATH)')
+                      f'{", ".join(contents.splits)} (data.holdout_every makes one)')
     if not contents.splits[split].count:
       raise UserError(f'evaluation.splits names {split!r}, of which {config.data.dataset!r} has no record; name a split with '
                       'records, or prepare the data again with another --holdout_every')

@@ -1,9 +1,9 @@
 """The training loop.
 
 The order of a step is law, because a checkpoint must hold exactly what a run that was never stopped would have:
-batch → step → (evaluate) → (save) → (stop if asked). Who asks for a stop does not wait for an evaluation: the run that continues
-begins with it. Metrics are read and logged one step late, so that the host never waits for a device that could be working;
-evaluation and saves settle them first.
+batch → step → (evaluate) → (save) → (stop if asked). Who asks for a stop does not wait for an evaluation, but for the last one:
+the run that continues begins with it. Metrics are read and logged one step late, so that the host never waits for a device that
+could be working; evaluation and saves settle them first.
 """
 import base64
 import concurrent.futures
@@ -34,7 +34,8 @@ def train(config: config_lib.Config, workdir: storage.Path) -> int:
 
   Raises:
     UserError: if config, data, devices and workdir do not fit together, or another process trains there; nothing has been
-      written then.
+      written then. Later for what no other start would mend (skipped steps in a row, too many faults, a device's memory); the
+      last checkpoint stays.
   """
   lost = distributed.ending_with_the_others   # before there is a run, and within `closing`, which would wait for them
   with preemption.Preemption() as stop, lost(), contextlib.closing(Run(config, workdir, stop)) as run:
@@ -261,8 +262,9 @@ class Run:
     which = 'the checkpoint' if wait else 'the checkpoint before this one'
     with self._outside_training(), self.watchdog.waiting_for(f'{which} to be written'):
       self._checkpointer.save(self.step, self.state, metrics=self._scores, wait=wait, run=checkpoint_lib.RunState(
-          owes_evaluation=self._owes, shards=sharding.batch_shards(self._mesh), iterator=self._batches.state(), meter=self._meter.state(), health=self._health.state(),
-          config=dataclasses.asdict(self.config), preprocessing=lightclip.preprocessing(self.config.model),
+          iterator=self._batches.state(), meter=self._meter.state(), health=self._health.state(), owes_evaluation=self._owes,
+          shards=sharding.batch_shards(self._mesh), config=dataclasses.asdict(self.config),
+          preprocessing=lightclip.preprocessing(self.config.model),
           tokenizer=base64.b64encode(self._tokenizer.to_bytes()).decode(), tokenizer_kind=self._tokenizer.suffix))
       self._writer.flush()   # what a run that continues here will not log again
 

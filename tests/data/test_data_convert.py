@@ -63,7 +63,7 @@ def test_records_of_a_set_that_has_none_to_evaluate_are_held_out_when_it_is_trai
   assert "--config.data.holdout_every=10 '--config.evaluation.splits=(\"heldout\",)'" in said
   splits = manifest.load(datasets.resolve(str(out), prepare.configs.Data(holdout_every=10))).splits
   assert (splits['train'].count, splits['heldout'].count) == (18, 2) and manifest.load(out).splits['train'].count == 20
-  with pytest.raises(UserError, match='data.holdout_every is 10, but .* is one prepared set, where it changes nothing'):
+  with pytest.raises(UserError, match='data.holdout_every is 10, but .*other. has held-out splits already; leave it at 0'):
     datasets.resolve(str(_prepare(tmp_path, '--processes=1', '--holdout_every=4', out='other')),
                      prepare.configs.Data(holdout_every=10))
 

@@ -571,7 +571,9 @@ def test_what_does_not_fit_is_one_line(made, tmp_path):
   (tmp_path / 'empty.csv').write_text('filepath,title\n')
   with pytest.raises(UserError, match=f'^csv:{tmp_path}/empty.csv has no training records to draw; leave it and'):
     datasets.resolve(f'{names["csv"]} + csv:{tmp_path}/empty.csv', config.replace(options, weights=(1.0, 1.0)))
-  for option, value in (('holdout_every', 10), ('weights', (3.0, 1.0)), ('image_column', 'x'), ('image_root', 'y')):
+  with pytest.raises(UserError, match="data.holdout_every is 10, but 'shapes' has held-out splits already; leave it at 0"):
+    datasets.resolve('shapes', config.Data(holdout_every=10))
+  for option, value in (('weights', (3.0, 1.0)), ('image_column', 'x'), ('image_root', 'y')):
     with pytest.raises(UserError, match=f"data.{option} is .*'shapes' is one prepared set, where it changes nothing"):
       datasets.resolve('shapes', config.replace(config.Data(), **{option: value}))
   with pytest.raises(UserError, match="data.caption_column is 'x', but 'shapes' is one prepared set"):

@@ -15,9 +15,9 @@ class Run(loop.Run):
   def __init__(self, asked_at='', step=0, owes=False, best=''):
     self.config = config_lib.replace(TINY, train=dict(steps=6), evaluation=dict(every_steps=2, every_minutes=0.0),
                                      checkpoint=dict(best=best, every_steps=4))
-    self.step, self.state, self._scores, self._owes, self._pending, self.notes = step, types.SimpleNamespace(), None, owes, None, []
-    self._stop, self._asked_at = types.SimpleNamespace(requested=False), asked_at
-    self.state.evaluation_variables, self._last_evaluation = {}, 0.0
+    self.step, self._owes, self._asked_at, self.notes = step, owes, asked_at, []
+    self._scores, self._pending, self._last_evaluation = None, None, 0.0
+    self._stop, self.state = types.SimpleNamespace(requested=False), types.SimpleNamespace(evaluation_variables={})
     self.watchdog = types.SimpleNamespace(waiting_for=lambda what: contextlib.nullcontext(), moved=lambda: self.note('batch'))
     self._clock = types.SimpleNamespace(paused=lambda seconds: None)
     self._writer = types.SimpleNamespace(write=lambda step, values: self.note(f'log {step}'), flush=lambda: None)

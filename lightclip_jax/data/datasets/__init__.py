@@ -78,7 +78,7 @@ def is_prepared(name: str) -> bool:
 def _check_nothing_ignored(name: str, options: configs.Data) -> None:
   decisive = () if options.tokenizer else ('weights',)   # with another tokenizer it is a mixture of one part
   if options.holdout_every and not options.tokenizer and (name in BUILT_IN or len(manifest.load(_prepared(name)).splits) > 1):
-    decisive = (*decisive, 'holdout_every')   # it has held-out splits already
+    raise UserError(f'data.holdout_every is {options.holdout_every}, but {name!r} has held-out splits already; leave it at 0')
   for option in (*_COLUMNS, *decisive):
     if value := getattr(options, option):
       raise UserError(f'data.{option} is {value!r}, but {name!r} is one prepared set, where it changes nothing; leave '
