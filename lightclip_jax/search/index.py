@@ -26,6 +26,7 @@ from lightclip_jax.search.towers import Export
 FILE_NAME = 'index.json'
 _PART = 64             # pictures that a process takes at a time
 _SAVE_SECONDS = 60     # what a killed process loses at most
+_COPIED = 65536        # rows of an earlier index at a time
 _COLUMNS = ('paths', 'sizes', 'times')
 
 
@@ -108,9 +109,7 @@ def update(folder: pathlib.Path, export: Export, out: pathlib.Path, workers: int
         return earlier, 0
       bad, parts = {**earlier.bad}, itertools.chain([first], parts)
     with _Writer(out, folder, export, bad) as writer:
-      for start in range(0, len(rows), 65536):
-        part = rows[start:start + 65536]
-        writer.add([earlier.files[row] for row in part], earlier.vectors_NxD[part])
+      writer.keep(earlier, rows)
       for files, vectors_nxD, failures in parts:
         bad.update(failures)
         for file in files:
@@ -141,10 +140,11 @@ def _plain(folder: str | pathlib.Path) -> str:
 
 
 class _Writer:
-  """Appends embeddings to a new file of the index; whatever ends the block, what was added is in the index."""
+  """Appends embeddings to a new file of the index: first those that are kept. What ends the block before all of them are there
+  leaves the index as it was; whatever ends it later, what was added is in the index."""
 
   def __init__(self, out: pathlib.Path, folder: pathlib.Path, export: Export, bad: dict[File, str]):
-    self._out, self._bad, self._files = out, bad, []
+    self._out, self._bad, self._files, self._whole = out, bad, [], False
     self._name = f'embeddings-{time.time_ns()}.npy'
     self._about = {'folder': _plain(folder), 'model': str(export.folder), 'fingerprint': export.fingerprint()}
     self._dim = export.about['embed_dim']
@@ -156,13 +156,23 @@ class _Writer:
     return self
 
   def __exit__(self, *_: object) -> None:
-    self._save()
-    self._stream.close()
+    with self._stream:
+      if self._whole:
+        self._save()
+      else:
+        (self._out / self._name).unlink()
+
+  def keep(self, earlier: Index | None, rows: list[int]) -> None:
+    """Adds rows of the earlier index; from then on this file may replace it."""
+    for start in range(0, len(rows), _COPIED):
+      part = rows[start:start + _COPIED]
+      self.add([earlier.files[row] for row in part], earlier.vectors_NxD[part])
+    self._whole = True
 
   def add(self, files: Sequence[File], vectors_nxD: np.ndarray) -> None:
-    self._files += files
     self._stream.write(np.ascontiguousarray(vectors_nxD, np.float32).tobytes())
-    if time.monotonic() - self._saved > _SAVE_SECONDS:
+    self._files += files   # now that they are written: an interrupt in between left names without embeddings
+    if self._whole and time.monotonic() - self._saved > _SAVE_SECONDS:
       self._save()
       self._saved = time.monotonic()
 
@@ -173,6 +183,7 @@ class _Writer:
   def _save(self) -> None:
     self._stream.seek(0)
     self._header()
+    self._stream.truncate(self._stream.tell() + 4 * self._dim * len(self._files))   # without half a part
     self._stream.seek(0, os.SEEK_END)
     self._stream.flush()
     os.fsync(self._stream.fileno())

@@ -1,5 +1,7 @@
 """The index and its queries: exact, incremental, whole whatever happens, and one clear line for every mistake."""
+import dataclasses
 import errno
+import io
 import json
 import os
 import pathlib
@@ -197,6 +199,54 @@ def test_an_interrupted_run_keeps_what_it_had(export_folder, tmp_path, monkeypat
   assert embedded == 5 and len(result.files) == 9 and result.vectors_NxD.shape == (9, colour_export.DIM)
   (out / 'index.json').unlink()   # killed before the first save
   assert index.update(tmp_path / 'pictures', export, out)[1] == 9
+
+
+def _ones(folder, files, *_):
+  """Instead of a model."""
+  return [(files, np.ones((len(files), colour_export.DIM), np.float32), {})] if files else []
+
+
+def test_an_update_that_ends_before_it_has_the_old_rows_leaves_the_index_as_it_was(export_folder, tmp_path, monkeypatch):
+  class Rows:
+    def __getitem__(self, rows):
+      if 4 in rows:
+        raise KeyboardInterrupt
+      return np.ones((len(rows), colour_export.DIM), np.float32)
+  files = list(colour_export.pictures(tmp_path / 'pictures', 9))
+  export, out = towers.Export(export_folder), tmp_path / 'index'
+  monkeypatch.setattr(index, '_embed', _ones)
+  index.update(tmp_path / 'pictures', export, out)
+  before = {file: file.read_bytes() for file in out.iterdir()}
+  files[0].write_bytes(files[3].read_bytes())
+  monkeypatch.setattr(index, '_COPIED', 2)
+  monkeypatch.setattr(index, '_SAVE_SECONDS', -1)
+  with monkeypatch.context() as interrupted, pytest.raises(KeyboardInterrupt):
+    interrupted.setattr(index, '_earlier', lambda *_: dataclasses.replace(index.load(out), vectors_NxD=Rows()))
+    index.update(tmp_path / 'pictures', export, out)
+  assert {file: file.read_bytes() for file in out.iterdir()} == before
+  result, embedded = index.update(tmp_path / 'pictures', export, out)
+  assert embedded == 1 and len(result.files) == 9 == len(result.vectors_NxD)
+
+
+def test_a_part_that_is_half_written_is_not_in_the_index(export_folder, tmp_path, monkeypatch):
+  class Half(io.BufferedWriter):
+    def write(self, data):
+      super().write(data[:len(data) // 2] if len(data) == 20 * colour_export.DIM else data)
+      if len(data) == 20 * colour_export.DIM:
+        raise KeyboardInterrupt
+
+  def opened(path, mode='r', *args, **kwargs):
+    return Half(io.FileIO(path, 'w')) if mode == 'wb' else io.open(path, mode, *args, **kwargs)
+  colour_export.pictures(tmp_path / 'pictures', 9)
+  export, out = towers.Export(export_folder), tmp_path / 'index'
+  monkeypatch.setattr(index, '_embed', lambda _, files, *__: [*_ones(_, files[:4]), *_ones(_, files[4:])])
+  with monkeypatch.context() as interrupted, pytest.raises(KeyboardInterrupt):
+    interrupted.setattr(pathlib.Path, 'open', opened)
+    index.update(tmp_path / 'pictures', export, out)
+  [file] = out.glob('*.npy')
+  assert len(index.load(out).files) == 4 == len(np.load(file)) and file.stat().st_size == 128 + 16 * colour_export.DIM
+  result, embedded = index.update(tmp_path / 'pictures', export, out)
+  assert embedded == 5 and (result.vectors_NxD == 1).all() and len(result.files) == 9
 
 
 @pytest.mark.parametrize('orientation', range(1, 9))
