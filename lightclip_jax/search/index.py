@@ -12,6 +12,7 @@ import os
 import pathlib
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import tqdm
@@ -65,8 +66,7 @@ def load(out: pathlib.Path) -> Index:
   if not (out / FILE_NAME).is_file():
     raise UserError(f'{str(out)!r} is no index ({FILE_NAME} is missing); make one with: python -m lightclip_jax.search index')
   try:
-    about = json.loads((out / FILE_NAME).read_text(encoding='utf-8'))
-    vectors_NxD = np.load(out / about['embeddings'], mmap_mode='r')[:about['count']]
+    about, vectors_NxD = _open(out)
     files = list(zip(*(about[name] for name in _COLUMNS), strict=True))
     bad = {(path, size, changed): reason for path, size, changed, reason in about['bad']}
     index = Index(_plain(about['folder']), about['model'], about['fingerprint'], files, bad, vectors_NxD)
@@ -75,6 +75,18 @@ def load(out: pathlib.Path) -> Index:
   if vectors_NxD.ndim != 2 or len(vectors_NxD) != len(files):
     raise UserError(f'the index {str(out)!r} is damaged: {list(vectors_NxD.shape)} embeddings for {len(files)} pictures')
   return index
+
+
+def _open(out: pathlib.Path) -> tuple[dict[str, Any], np.ndarray]:
+  """What `index.json` says, and the embeddings that it names."""
+  about = json.loads((out / FILE_NAME).read_text(encoding='utf-8'))
+  while True:
+    try:
+      return about, np.load(out / about['embeddings'], mmap_mode='r')[:about['count']]
+    except FileNotFoundError:   # has an update just replaced them?
+      before, about = about, json.loads((out / FILE_NAME).read_text(encoding='utf-8'))
+      if about['embeddings'] == before['embeddings']:
+        raise
 
 
 def update(folder: pathlib.Path, export: Export, out: pathlib.Path, workers: int | None = None) -> tuple[Index, int]:

@@ -228,6 +228,23 @@ def test_an_update_that_ends_before_it_has_the_old_rows_leaves_the_index_as_it_w
   assert embedded == 1 and len(result.files) == 9 == len(result.vectors_NxD)
 
 
+def test_an_index_that_is_replaced_while_it_is_opened_is_the_new_one(export_folder, tmp_path, monkeypatch):
+  files = list(colour_export.pictures(tmp_path / 'pictures', 9))
+  export, out, read = towers.Export(export_folder), tmp_path / 'index', np.load
+  monkeypatch.setattr(index, '_embed', _ones)
+  index.update(tmp_path / 'pictures', export, out)
+
+  def late(file, **kwargs):
+    monkeypatch.setattr(np, 'load', read)
+    files[0].unlink()
+    index.update(tmp_path / 'pictures', export, out)
+    assert not file.exists()
+    return read(file, **kwargs)
+  monkeypatch.setattr(np, 'load', late)
+  result = index.load(out)
+  assert len(result.files) == 8 == len(result.vectors_NxD) and not files[0].exists()
+
+
 def test_a_part_that_is_half_written_is_not_in_the_index(export_folder, tmp_path, monkeypatch):
   class Half(io.BufferedWriter):
     def write(self, data):
