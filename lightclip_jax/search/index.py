@@ -25,6 +25,7 @@ from lightclip_jax.search.pictures import File
 from lightclip_jax.search.towers import Export
 
 FILE_NAME = 'index.json'
+_LEFT = 'embeddings-*.npy', f'{FILE_NAME}.tmp'   # what a killed process or a full disk leaves beside it, or alone
 _PART = 64             # pictures that a process takes at a time
 _SAVE_SECONDS = 60     # what a killed process loses at most
 _COPIED = 65536        # rows of an earlier index at a time
@@ -39,6 +40,7 @@ class Index:
     folder: of the pictures.
     model: the export that embedded them.
     fingerprint: of that export.
+    embeddings: name of the file with the vectors.
     files: one a row.
     bad: those that could not be read, and folders, with the reason.
     vectors_NxD: float32, unit norm, a read-only memory map.
@@ -46,6 +48,7 @@ class Index:
   folder: str
   model: str
   fingerprint: str
+  embeddings: str
   files: list[File]
   bad: dict[File, str]
   vectors_NxD: np.ndarray
@@ -69,7 +72,8 @@ def load(out: pathlib.Path) -> Index:
     about, vectors_NxD = _open(out)
     files = list(zip(*(about[name] for name in _COLUMNS), strict=True))
     bad = {(path, size, changed): reason for path, size, changed, reason in about['bad']}
-    index = Index(_plain(about['folder']), about['model'], about['fingerprint'], files, bad, vectors_NxD)
+    index = Index(_plain(about['folder']), about['model'], about['fingerprint'], about['embeddings'], files, bad,
+                  vectors_NxD)
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise UserError(f'the index {str(out)!r} is damaged ({error!r}); delete it and index again') from error
   if vectors_NxD.ndim != 2 or len(vectors_NxD) != len(files):
@@ -110,6 +114,7 @@ def update(folder: pathlib.Path, export: Export, out: pathlib.Path, workers: int
   found, bad = pictures.find(folder)
   with storage.alone(out, 'indexes into', '--out'):   # two that did would delete each other's embeddings
     earlier = _earlier(folder, export, out)
+    _clear(out, earlier and earlier.embeddings)
     kept = {file: row for row, file in enumerate(earlier.files)} if earlier else {}
     hidden = tuple(os.path.join(path, '') for path, _, _ in bad)
     still = [*found, *(file for file in kept if file[0].startswith(hidden))]
@@ -132,8 +137,7 @@ def update(folder: pathlib.Path, export: Export, out: pathlib.Path, workers: int
 
 def _earlier(folder: pathlib.Path, export: Export, out: pathlib.Path) -> Index | None:
   if not (out / FILE_NAME).is_file():
-    # A run that was killed before its first minute leaves embeddings alone.
-    if out.exists() and (not out.is_dir() or any(not file.match('embeddings-*.npy') for file in out.iterdir())):
+    if out.exists() and (not out.is_dir() or not all(any(map(file.match, _LEFT)) for file in out.iterdir())):
       raise UserError(f'{str(out)!r} holds something else; give a new folder')
     return None
   index = load(out)
@@ -143,6 +147,13 @@ def _earlier(folder: pathlib.Path, export: Export, out: pathlib.Path) -> Index |
       is_of = repr(was) if what == 'pictures' else f'{index.model!r} as it was, not {str(export.folder)!r} as it is'
       raise UserError(f'the index {str(out)!r} is of the {what} {is_of}; give another --out')
   return index
+
+
+def _clear(out: pathlib.Path, embeddings: str | None) -> None:
+  """Removes what is left of other runs beside the embeddings that the index names."""
+  for file in itertools.chain.from_iterable(map(out.glob, _LEFT)):
+    if file.name != embeddings:
+      file.unlink()   # who still reads it keeps it
 
 
 def _plain(folder: str | pathlib.Path) -> str:
@@ -203,9 +214,7 @@ class _Writer:
     bad = [[*file, reason] for file, reason in self._bad.items()]
     storage.write_text(self._out / FILE_NAME, json.dumps(
         {**self._about, 'embeddings': self._name, 'count': len(self._files), **columns, 'bad': bad}))
-    for other in self._out.glob('embeddings-*.npy'):
-      if other.name != self._name:
-        other.unlink()   # who still reads it keeps it
+    _clear(self._out, self._name)
 
 
 def _embed(folder: pathlib.Path, files: list[File], export: Export, workers: int | None

@@ -206,6 +206,10 @@ def _ones(folder, files, *_):
   return [(files, np.ones((len(files), colour_export.DIM), np.float32), {})] if files else []
 
 
+def _interrupt(*_):
+  raise KeyboardInterrupt
+
+
 def test_an_update_that_ends_before_it_has_the_old_rows_leaves_the_index_as_it_was(export_folder, tmp_path, monkeypatch):
   class Rows:
     def __getitem__(self, rows):
@@ -226,6 +230,32 @@ def test_an_update_that_ends_before_it_has_the_old_rows_leaves_the_index_as_it_w
   assert {file: file.read_bytes() for file in out.iterdir()} == before
   result, embedded = index.update(tmp_path / 'pictures', export, out)
   assert embedded == 1 and len(result.files) == 9 == len(result.vectors_NxD)
+
+
+@pytest.mark.parametrize('again', [False, True])
+def test_what_a_full_disk_leaves_is_removed_by_the_next_run(export_folder, tmp_path, monkeypatch, again):
+  files = list(colour_export.pictures(tmp_path / 'pictures', 9))
+  export, out = towers.Export(export_folder), tmp_path / 'index'
+  monkeypatch.setattr(index, '_embed', _ones)
+  if again:
+    index.update(tmp_path / 'pictures', export, out)
+    files.pop().unlink()
+  before = {*out.glob('*')}
+
+  def full(path, text):
+    path.with_name(f'{path.name}.tmp').write_text(text[:10])
+    raise OSError(errno.ENOSPC, 'No space left on device')
+  with monkeypatch.context() as disk, pytest.raises(OSError, match='No space'):
+    disk.setattr(storage, '_write_text', full)
+    index.update(tmp_path / 'pictures', export, out)
+  assert len({*out.iterdir()} - before) == 2
+  with monkeypatch.context() as interrupted, pytest.raises(KeyboardInterrupt):
+    interrupted.setattr(index._Writer, '__enter__', _interrupt)   # they are gone before room is needed
+    index.update(tmp_path / 'pictures', export, out)
+  assert {*out.iterdir()} == before
+  result, embedded = index.update(tmp_path / 'pictures', export, out)
+  assert len(result.files) == len(files) and embedded == (0 if again else 9)
+  assert {file.name for file in out.iterdir()} == {'index.json', result.embeddings}
 
 
 def test_an_index_that_is_replaced_while_it_is_opened_is_the_new_one(export_folder, tmp_path, monkeypatch):
