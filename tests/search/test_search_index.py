@@ -296,6 +296,21 @@ def test_a_part_that_is_half_written_is_not_in_the_index(export_folder, tmp_path
   assert embedded == 5 and (result.vectors_NxD == 1).all() and len(result.files) == 9
 
 
+def test_photographs_of_an_iphone_are_counted_as_left_out(export_folder, tmp_path, monkeypatch, capsys):
+  colour_export.pictures(tmp_path / 'pictures', 3)
+  monkeypatch.setattr(index, '_embed', _ones)
+  run = ['index', str(tmp_path / 'pictures'), f'--model={export_folder}', f'--out={tmp_path / "index"}']
+  command.main(run)
+  whole = f'{tmp_path / "index"}: 3 pictures, 3 of them embedded now; 0 could not be read'
+  assert capsys.readouterr().out == f'{whole}\n'
+  (tmp_path / 'pictures/.hidden').mkdir()
+  for name in ('IMG_1.HEIC', '1/b.heif', '2/c.heic', '2/._c.heic', '.hidden/d.heic'):
+    (tmp_path / 'pictures' / name).touch()
+  command.main(run)
+  others = 'left out: 3 .heic or .heif, which must be converted first (to JPEG, for example)'
+  assert capsys.readouterr() == (f'{whole.replace(" 3 of", " 0 of")}; {others}\n', '')
+
+
 @pytest.mark.parametrize('orientation', range(1, 9))
 def test_photographs_are_turned_upright(tmp_path, orientation):
   upright = np.zeros((64, 48, 3), np.uint8)
