@@ -66,12 +66,14 @@ def _model_flag(flags: argparse.ArgumentParser) -> None:
 
 
 def _index(args: argparse.Namespace) -> None:
-  from lightclip_jax.search import index, towers
+  from lightclip_jax.search import index, pictures, towers
 
   made, count = index.update(args.folder, towers.Export(args.model), args.out, args.processes)
   for reason in made.bad.values():
     print(f'left out: {reason}', file=sys.stderr)
-  print(f'{args.out}: {len(made.files):,} pictures, {count:,} of them embedded now; {len(made.bad):,} could not be read')
+  others = pictures.count_unsupported(args.folder)
+  print(f'{args.out}: {len(made.files):,} pictures, {count:,} of them embedded now; {len(made.bad):,} could not be read'
+        + (f'; left out: {others:,} .heic or .heif, which must be converted first (to JPEG, for example)' if others else ''))
 
 
 def _query(args: argparse.Namespace) -> None:

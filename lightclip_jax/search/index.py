@@ -12,6 +12,7 @@ import os
 import pathlib
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import tqdm
@@ -24,8 +25,10 @@ from lightclip_jax.search.pictures import File
 from lightclip_jax.search.towers import Export
 
 FILE_NAME = 'index.json'
+_LEFT = 'embeddings-*.npy', f'{FILE_NAME}.tmp'   # what a killed process or a full disk leaves beside it, or alone
 _PART = 64             # pictures that a process takes at a time
 _SAVE_SECONDS = 60     # what a killed process loses at most
+_COPIED = 65536        # rows of an earlier index at a time
 _COLUMNS = ('paths', 'sizes', 'times')
 
 
@@ -37,6 +40,7 @@ class Index:
     folder: of the pictures.
     model: the export that embedded them.
     fingerprint: of that export.
+    embeddings: name of the file with the vectors.
     files: one a row.
     bad: those that could not be read, and folders, with the reason.
     vectors_NxD: float32, unit norm, a read-only memory map.
@@ -44,6 +48,7 @@ class Index:
   folder: str
   model: str
   fingerprint: str
+  embeddings: str
   files: list[File]
   bad: dict[File, str]
   vectors_NxD: np.ndarray
@@ -64,16 +69,28 @@ def load(out: pathlib.Path) -> Index:
   if not (out / FILE_NAME).is_file():
     raise UserError(f'{str(out)!r} is no index ({FILE_NAME} is missing); make one with: python -m lightclip_jax.search index')
   try:
-    about = json.loads((out / FILE_NAME).read_text(encoding='utf-8'))
-    vectors_NxD = np.load(out / about['embeddings'], mmap_mode='r')[:about['count']]
+    about, vectors_NxD = _open(out)
     files = list(zip(*(about[name] for name in _COLUMNS), strict=True))
     bad = {(path, size, changed): reason for path, size, changed, reason in about['bad']}
-    index = Index(_plain(about['folder']), about['model'], about['fingerprint'], files, bad, vectors_NxD)
+    index = Index(_plain(about['folder']), about['model'], about['fingerprint'], about['embeddings'], files, bad,
+                  vectors_NxD)
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise UserError(f'the index {str(out)!r} is damaged ({error!r}); delete it and index again') from error
   if vectors_NxD.ndim != 2 or len(vectors_NxD) != len(files):
     raise UserError(f'the index {str(out)!r} is damaged: {list(vectors_NxD.shape)} embeddings for {len(files)} pictures')
   return index
+
+
+def _open(out: pathlib.Path) -> tuple[dict[str, Any], np.ndarray]:
+  """What `index.json` says, and the embeddings that it names."""
+  about = json.loads((out / FILE_NAME).read_text(encoding='utf-8'))
+  while True:
+    try:
+      return about, np.load(out / about['embeddings'], mmap_mode='r')[:about['count']]
+    except FileNotFoundError:   # has an update just replaced them?
+      before, about = about, json.loads((out / FILE_NAME).read_text(encoding='utf-8'))
+      if about['embeddings'] == before['embeddings']:
+        raise
 
 
 def update(folder: pathlib.Path, export: Export, out: pathlib.Path, workers: int | None = None) -> tuple[Index, int]:
@@ -97,6 +114,7 @@ def update(folder: pathlib.Path, export: Export, out: pathlib.Path, workers: int
   found, bad = pictures.find(folder)
   with storage.alone(out, 'indexes into', '--out'):   # two that did would delete each other's embeddings
     earlier = _earlier(folder, export, out)
+    _clear(out, earlier and earlier.embeddings)
     kept = {file: row for row, file in enumerate(earlier.files)} if earlier else {}
     hidden = tuple(os.path.join(path, '') for path, _, _ in bad)
     still = [*found, *(file for file in kept if file[0].startswith(hidden))]
@@ -108,9 +126,7 @@ def update(folder: pathlib.Path, export: Export, out: pathlib.Path, workers: int
         return earlier, 0
       bad, parts = {**earlier.bad}, itertools.chain([first], parts)
     with _Writer(out, folder, export, bad) as writer:
-      for start in range(0, len(rows), 65536):
-        part = rows[start:start + 65536]
-        writer.add([earlier.files[row] for row in part], earlier.vectors_NxD[part])
+      writer.keep(earlier, rows)
       for files, vectors_nxD, failures in parts:
         bad.update(failures)
         for file in files:
@@ -121,8 +137,7 @@ def update(folder: pathlib.Path, export: Export, out: pathlib.Path, workers: int
 
 def _earlier(folder: pathlib.Path, export: Export, out: pathlib.Path) -> Index | None:
   if not (out / FILE_NAME).is_file():
-    # A run that was killed before its first minute leaves embeddings alone.
-    if out.exists() and (not out.is_dir() or any(not file.match('embeddings-*.npy') for file in out.iterdir())):
+    if out.exists() and (not out.is_dir() or not all(any(map(file.match, _LEFT)) for file in out.iterdir())):
       raise UserError(f'{str(out)!r} holds something else; give a new folder')
     return None
   index = load(out)
@@ -134,6 +149,13 @@ def _earlier(folder: pathlib.Path, export: Export, out: pathlib.Path) -> Index |
   return index
 
 
+def _clear(out: pathlib.Path, embeddings: str | None) -> None:
+  """Removes what is left of other runs beside the embeddings that the index names."""
+  for file in itertools.chain.from_iterable(map(out.glob, _LEFT)):
+    if file.name != embeddings:
+      file.unlink()   # who still reads it keeps it
+
+
 def _plain(folder: str | pathlib.Path) -> str:
   """The path from the root without `..`, so that a folder has one name; a `..` that leads out of a link's target stays."""
   plain = os.path.abspath(folder)
@@ -141,10 +163,11 @@ def _plain(folder: str | pathlib.Path) -> str:
 
 
 class _Writer:
-  """Appends embeddings to a new file of the index; whatever ends the block, what was added is in the index."""
+  """Appends embeddings to a new file of the index: first those that are kept. What ends the block before all of them are there
+  leaves the index as it was; whatever ends it later, what was added is in the index."""
 
   def __init__(self, out: pathlib.Path, folder: pathlib.Path, export: Export, bad: dict[File, str]):
-    self._out, self._bad, self._files = out, bad, []
+    self._out, self._bad, self._files, self._whole = out, bad, [], False
     self._name = f'embeddings-{time.time_ns()}.npy'
     self._about = {'folder': _plain(folder), 'model': str(export.folder), 'fingerprint': export.fingerprint()}
     self._dim = export.about['embed_dim']
@@ -156,13 +179,23 @@ class _Writer:
     return self
 
   def __exit__(self, *_: object) -> None:
-    self._save()
-    self._stream.close()
+    with self._stream:
+      if self._whole:
+        self._save()
+      else:
+        (self._out / self._name).unlink()
+
+  def keep(self, earlier: Index | None, rows: list[int]) -> None:
+    """Adds rows of the earlier index; from then on this file may replace it."""
+    for start in range(0, len(rows), _COPIED):
+      part = rows[start:start + _COPIED]
+      self.add([earlier.files[row] for row in part], earlier.vectors_NxD[part])
+    self._whole = True
 
   def add(self, files: Sequence[File], vectors_nxD: np.ndarray) -> None:
-    self._files += files
     self._stream.write(np.ascontiguousarray(vectors_nxD, np.float32).tobytes())
-    if time.monotonic() - self._saved > _SAVE_SECONDS:
+    self._files += files   # now that they are written: an interrupt in between left names without embeddings
+    if self._whole and time.monotonic() - self._saved > _SAVE_SECONDS:
       self._save()
       self._saved = time.monotonic()
 
@@ -173,6 +206,7 @@ class _Writer:
   def _save(self) -> None:
     self._stream.seek(0)
     self._header()
+    self._stream.truncate(self._stream.tell() + 4 * self._dim * len(self._files))   # without half a part
     self._stream.seek(0, os.SEEK_END)
     self._stream.flush()
     os.fsync(self._stream.fileno())
@@ -180,9 +214,7 @@ class _Writer:
     bad = [[*file, reason] for file, reason in self._bad.items()]
     storage.write_text(self._out / FILE_NAME, json.dumps(
         {**self._about, 'embeddings': self._name, 'count': len(self._files), **columns, 'bad': bad}))
-    for other in self._out.glob('embeddings-*.npy'):
-      if other.name != self._name:
-        other.unlink()   # who still reads it keeps it
+    _clear(self._out, self._name)
 
 
 def _embed(folder: pathlib.Path, files: list[File], export: Export, workers: int | None

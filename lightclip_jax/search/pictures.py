@@ -4,6 +4,7 @@ Letters: H height, W width, S output size.
 """
 import os
 import pathlib
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from lightclip_jax.errors import UserError
 File = tuple[str, int, int]   # path below the folder, bytes, modification time in ns
 
 SUFFIXES = frozenset('.jpg .jpeg .jfif .png .webp .gif .bmp .tif .tiff .avif .ppm .pgm'.split())
+UNSUPPORTED = frozenset(['.heic', '.heif'])   # an iPhone's photographs, which Pillow cannot decode
 
 
 def find(folder: pathlib.Path) -> tuple[list[File], dict[File, str]]:
@@ -28,14 +30,25 @@ def find(folder: pathlib.Path) -> tuple[list[File], dict[File, str]]:
     unreadable[os.path.relpath(error.filename, folder), 0, 0] = f'cannot read the folder {error.filename!r}: {error.strerror}'
 
   found, unreadable = [], {}
+  for path in _with_suffix(folder, SUFFIXES, note):
+    status = os.stat(path)
+    found.append((os.path.relpath(path, folder), status.st_size, status.st_mtime_ns))
+  return found, unreadable
+
+
+def count_unsupported(folder: pathlib.Path) -> int:
+  """How many pictures in the same folders are of a format that cannot be read."""
+  return sum(1 for _ in _with_suffix(folder, UNSUPPORTED))
+
+
+def _with_suffix(folder: pathlib.Path, suffixes: frozenset[str], note: Callable[[OSError], None] | None = None
+                 ) -> Iterator[str]:
   for parent, folders, names in os.walk(folder, onerror=note):
     folders[:] = sorted(name for name in folders if not name.startswith('.'))
     for name in sorted(names):
       path = os.path.join(parent, name)
-      if name[0] != '.' and os.path.splitext(name)[1].lower() in SUFFIXES and os.path.isfile(path):
-        status = os.stat(path)
-        found.append((os.path.relpath(path, folder), status.st_size, status.st_mtime_ns))
-  return found, unreadable
+      if name[0] != '.' and os.path.splitext(name)[1].lower() in suffixes and os.path.isfile(path):
+        yield path
 
 
 def read(path: str | os.PathLike[str], size: int) -> np.ndarray:

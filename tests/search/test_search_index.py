@@ -1,5 +1,7 @@
 """The index and its queries: exact, incremental, whole whatever happens, and one clear line for every mistake."""
+import dataclasses
 import errno
+import io
 import json
 import os
 import pathlib
@@ -197,6 +199,116 @@ def test_an_interrupted_run_keeps_what_it_had(export_folder, tmp_path, monkeypat
   assert embedded == 5 and len(result.files) == 9 and result.vectors_NxD.shape == (9, colour_export.DIM)
   (out / 'index.json').unlink()   # killed before the first save
   assert index.update(tmp_path / 'pictures', export, out)[1] == 9
+
+
+def _ones(folder, files, *_):
+  """Instead of a model."""
+  return [(files, np.ones((len(files), colour_export.DIM), np.float32), {})] if files else []
+
+
+def _interrupt(*_):
+  raise KeyboardInterrupt
+
+
+def test_an_update_that_ends_before_it_has_the_old_rows_leaves_the_index_as_it_was(export_folder, tmp_path, monkeypatch):
+  class Rows:
+    def __getitem__(self, rows):
+      if 4 in rows:
+        raise KeyboardInterrupt
+      return np.ones((len(rows), colour_export.DIM), np.float32)
+  files = list(colour_export.pictures(tmp_path / 'pictures', 9))
+  export, out = towers.Export(export_folder), tmp_path / 'index'
+  monkeypatch.setattr(index, '_embed', _ones)
+  index.update(tmp_path / 'pictures', export, out)
+  before = {file: file.read_bytes() for file in out.iterdir()}
+  files[0].write_bytes(files[3].read_bytes())
+  monkeypatch.setattr(index, '_COPIED', 2)
+  monkeypatch.setattr(index, '_SAVE_SECONDS', -1)
+  with monkeypatch.context() as interrupted, pytest.raises(KeyboardInterrupt):
+    interrupted.setattr(index, '_earlier', lambda *_: dataclasses.replace(index.load(out), vectors_NxD=Rows()))
+    index.update(tmp_path / 'pictures', export, out)
+  assert {file: file.read_bytes() for file in out.iterdir()} == before
+  result, embedded = index.update(tmp_path / 'pictures', export, out)
+  assert embedded == 1 and len(result.files) == 9 == len(result.vectors_NxD)
+
+
+@pytest.mark.parametrize('again', [False, True])
+def test_what_a_full_disk_leaves_is_removed_by_the_next_run(export_folder, tmp_path, monkeypatch, again):
+  files = list(colour_export.pictures(tmp_path / 'pictures', 9))
+  export, out = towers.Export(export_folder), tmp_path / 'index'
+  monkeypatch.setattr(index, '_embed', _ones)
+  if again:
+    index.update(tmp_path / 'pictures', export, out)
+    files.pop().unlink()
+  before = {*out.glob('*')}
+
+  def full(path, text):
+    path.with_name(f'{path.name}.tmp').write_text(text[:10])
+    raise OSError(errno.ENOSPC, 'No space left on device')
+  with monkeypatch.context() as disk, pytest.raises(OSError, match='No space'):
+    disk.setattr(storage, '_write_text', full)
+    index.update(tmp_path / 'pictures', export, out)
+  assert len({*out.iterdir()} - before) == 2
+  with monkeypatch.context() as interrupted, pytest.raises(KeyboardInterrupt):
+    interrupted.setattr(index._Writer, '__enter__', _interrupt)   # they are gone before room is needed
+    index.update(tmp_path / 'pictures', export, out)
+  assert {*out.iterdir()} == before
+  result, embedded = index.update(tmp_path / 'pictures', export, out)
+  assert len(result.files) == len(files) and embedded == (0 if again else 9)
+  assert {file.name for file in out.iterdir()} == {'index.json', result.embeddings}
+
+
+def test_an_index_that_is_replaced_while_it_is_opened_is_the_new_one(export_folder, tmp_path, monkeypatch):
+  files = list(colour_export.pictures(tmp_path / 'pictures', 9))
+  export, out, read = towers.Export(export_folder), tmp_path / 'index', np.load
+  monkeypatch.setattr(index, '_embed', _ones)
+  index.update(tmp_path / 'pictures', export, out)
+
+  def late(file, **kwargs):
+    monkeypatch.setattr(np, 'load', read)
+    files[0].unlink()
+    index.update(tmp_path / 'pictures', export, out)
+    assert not file.exists()
+    return read(file, **kwargs)
+  monkeypatch.setattr(np, 'load', late)
+  result = index.load(out)
+  assert len(result.files) == 8 == len(result.vectors_NxD) and not files[0].exists()
+
+
+def test_a_part_that_is_half_written_is_not_in_the_index(export_folder, tmp_path, monkeypatch):
+  class Half(io.BufferedWriter):
+    def write(self, data):
+      super().write(data[:len(data) // 2] if len(data) == 20 * colour_export.DIM else data)
+      if len(data) == 20 * colour_export.DIM:
+        raise KeyboardInterrupt
+
+  def opened(path, mode='r', *args, **kwargs):
+    return Half(io.FileIO(path, 'w')) if mode == 'wb' else io.open(path, mode, *args, **kwargs)
+  colour_export.pictures(tmp_path / 'pictures', 9)
+  export, out = towers.Export(export_folder), tmp_path / 'index'
+  monkeypatch.setattr(index, '_embed', lambda _, files, *__: [*_ones(_, files[:4]), *_ones(_, files[4:])])
+  with monkeypatch.context() as interrupted, pytest.raises(KeyboardInterrupt):
+    interrupted.setattr(pathlib.Path, 'open', opened)
+    index.update(tmp_path / 'pictures', export, out)
+  [file] = out.glob('*.npy')
+  assert len(index.load(out).files) == 4 == len(np.load(file)) and file.stat().st_size == 128 + 16 * colour_export.DIM
+  result, embedded = index.update(tmp_path / 'pictures', export, out)
+  assert embedded == 5 and (result.vectors_NxD == 1).all() and len(result.files) == 9
+
+
+def test_photographs_of_an_iphone_are_counted_as_left_out(export_folder, tmp_path, monkeypatch, capsys):
+  colour_export.pictures(tmp_path / 'pictures', 3)
+  monkeypatch.setattr(index, '_embed', _ones)
+  run = ['index', str(tmp_path / 'pictures'), f'--model={export_folder}', f'--out={tmp_path / "index"}']
+  command.main(run)
+  whole = f'{tmp_path / "index"}: 3 pictures, 3 of them embedded now; 0 could not be read'
+  assert capsys.readouterr().out == f'{whole}\n'
+  (tmp_path / 'pictures/.hidden').mkdir()
+  for name in ('IMG_1.HEIC', '1/b.heif', '2/c.heic', '2/._c.heic', '.hidden/d.heic'):
+    (tmp_path / 'pictures' / name).touch()
+  command.main(run)
+  others = 'left out: 3 .heic or .heif, which must be converted first (to JPEG, for example)'
+  assert capsys.readouterr() == (f'{whole.replace(" 3 of", " 0 of")}; {others}\n', '')
 
 
 @pytest.mark.parametrize('orientation', range(1, 9))
