@@ -90,6 +90,14 @@ def test_a_person_finds_the_picture(page, files):
   assert names(page)[0] == yellow.name and by_name[names(page)[8]] == 'yellow'
 
 
+def test_arrows_belong_to_the_input_method_while_it_composes(page, files):
+  page.run("document.querySelector('#query').focus()")
+  key = "new KeyboardEvent('keydown', {{key: 'ArrowDown', bubbles: true, cancelable: true, isComposing: {}}})"
+  for composing, place in (('true', 'INPUT'), ('false', 'BUTTON')):
+    free = page.run(f"document.querySelector('#query').dispatchEvent({key.format(composing)})")
+    assert (free, page.run('document.activeElement.tagName')) == (composing == 'true', place)
+
+
 def test_words_are_found_in_the_picture(page, files):
   half = np.zeros((60, 60, 3), np.uint8)
   half[:, :30], half[:, 30:] = (255, 0, 0), (0, 0, 255)

@@ -146,6 +146,7 @@ function listen() {
   }
   $('#by-picture').onchange = ({target}) => { if (target.files.length) byPicture(target.files[0]); target.value = ''; };
   document.addEventListener('keydown', event => {
+    if (event.isComposing) return;   // the keys are the input method's: arrows choose among its candidates
     if ($('#picked').open) return;
     if (event.key === '/' && document.activeElement.tagName !== 'INPUT') { event.preventDefault(); $('#query').focus(); }
     if (event.key.startsWith('Arrow')) moveFocus(event);
