@@ -132,6 +132,34 @@ def test_folders_chosen_and_dropped(page, files):
   page.wait("document.querySelector('#status').textContent.includes('no picture among these')")
 
 
+UNREADABLE = """(() => {
+  const refused = (_, reject) => reject(new DOMException('no permission', 'NotReadableError'));
+  const file = (name, give) => ({isFile: true, fullPath: `/mixed/${name}`, file: give});
+  const folder = (fullPath, ...lots) => ({fullPath, createReader: () => ({
+    readEntries: (resolve, reject) => lots.length ? lots.shift()(resolve, reject) : resolve([])})});
+  const good = name => file(name, resolve => resolve(new File([`no picture ${name}`], name, {lastModified: 1})));
+  const inner = [good('one.png'), file('bad.png', refused), folder('/mixed/locked', refused)];
+  const entry = folder('/mixed', resolve => resolve(inner), resolve => resolve([good('two.png')]), refused);
+  const drop = new Event('drop', {cancelable: true});
+  document.dispatchEvent(Object.assign(drop, {dataTransfer: {items: [{webkitGetAsEntry: () => entry}]}}));
+})()"""
+
+
+def test_one_unreadable_entry_does_not_cost_the_folder(page):
+  """Entries as a browser gives them: a file and a folder that it may not read, and a reader that fails after its second lot."""
+  shown = "[...document.querySelectorAll('#failures li')].map(line => line.textContent)"
+  before = len(page.run(shown))
+  page.run(UNREADABLE)
+  page.wait(f'{shown}.length === {before + 5}')
+  lines = page.run(shown)[before:]   # one.png and two.png were read, and the model's worker says that they are no pictures
+  names = ['mixed', *(f'mixed/{name}' for name in ('bad.png', 'locked', 'one.png', 'two.png'))]
+  assert sorted(line.split(':')[0] for line in lines) == names
+  assert sum('no permission' in line for line in lines) == 3
+  page.run(UNREADABLE)
+  page.wait("document.querySelector('#status').textContent.includes('no picture among these')")
+  assert len(page.run(shown)) == before + 5
+
+
 def test_a_narrow_screen_and_the_dark(page):
   for width, dark in ((360, False), (1200, True)):
     page.resize(width, 740, dark)

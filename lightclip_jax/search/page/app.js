@@ -157,7 +157,9 @@ function listen() {
     event.preventDefault();
     document.body.classList.remove('dropping');
     try {
-      add(await dropped(event.dataTransfer));
+      const {files, failures} = await dropped(event.dataTransfer);
+      library.fail(failures);
+      add(files);
     } catch (error) {
       say(`What was dropped cannot be read: ${error.message}`, true);
     }
