@@ -181,6 +181,27 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
     pass
 
 
+def test_what_is_dropped_before_the_model_has_loaded_is_read_then(listed, files, tmp_path):
+  loaded = threading.Event()
+
+  class Slow(Quiet):
+    def translate_path(self, path):
+      name = path.split('?')[0].lstrip('/') or 'index.html'
+      assert not name.startswith('model/') or loaded.wait(60)
+      return str(listed[name])
+
+  with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Slow) as plain:
+    threading.Thread(target=plain.serve_forever, daemon=True).start()
+    with chromium.open_page(tmp_path / 'profile') as page:
+      page.open(f'http://127.0.0.1:{plain.server_address[1]}/')
+      page.wait("document.querySelector('#model') && document.readyState === 'complete'")   # its script has run
+      page.drop(files[1] / '2', 300, 400)
+      page.wait("document.querySelector('#status').textContent.includes('when the model has loaded')", 10)
+      loaded.set()
+      page.wait("document.querySelector('#status').textContent.startsWith('33 pictures')")
+    plain.shutdown()
+
+
 def test_a_bundle_works_elsewhere_and_says_what_is_wrong(listed, tmp_path):
   site.bundle(listed, tmp_path / 'site')
   handler = functools.partial(Quiet, directory=str(tmp_path / 'site'))

@@ -151,13 +151,19 @@ function listen() {
     if (event.key === '/' && document.activeElement.tagName !== 'INPUT') { event.preventDefault(); $('#query').focus(); }
     if (event.key.startsWith('Arrow')) moveFocus(event);
   });
+}
+
+/** From the start, so that no early drop makes the browser leave the page for a file. */
+function listenForDrops() {
   document.addEventListener('dragover', event => { event.preventDefault(); document.body.classList.add('dropping'); });
   document.addEventListener('dragleave', event => { if (!event.relatedTarget) document.body.classList.remove('dropping'); });
   document.addEventListener('drop', async event => {
     event.preventDefault();
     document.body.classList.remove('dropping');
     try {
-      const {files, failures} = await dropped(event.dataTransfer);
+      const found = dropped(event.dataTransfer);   // now: after the event it is empty
+      if (!towers.dim) say('What was dropped is read when the model has loaded.');
+      const [{files, failures}] = await Promise.all([found, ready]);
       library.fail(failures);
       add(files);
     } catch (error) {
@@ -165,6 +171,7 @@ function listen() {
     }
   });
 }
+listenForDrops();
 
 /** Settles when the page can be used. */
 export const ready = (async () => {
