@@ -90,6 +90,14 @@ def test_a_person_finds_the_picture(page, files):
   assert names(page)[0] == yellow.name and by_name[names(page)[8]] == 'yellow'
 
 
+def test_arrows_belong_to_the_input_method_while_it_composes(page, files):
+  page.run("document.querySelector('#query').focus()")
+  key = "new KeyboardEvent('keydown', {{key: 'ArrowDown', bubbles: true, cancelable: true, isComposing: {}}})"
+  for composing, place in (('true', 'INPUT'), ('false', 'BUTTON')):
+    free = page.run(f"document.querySelector('#query').dispatchEvent({key.format(composing)})")
+    assert (free, page.run('document.activeElement.tagName')) == (composing == 'true', place)
+
+
 def test_words_are_found_in_the_picture(page, files):
   half = np.zeros((60, 60, 3), np.uint8)
   half[:, :30], half[:, 30:] = (255, 0, 0), (0, 0, 255)
@@ -124,6 +132,34 @@ def test_folders_chosen_and_dropped(page, files):
   page.wait("document.querySelector('#status').textContent.includes('no picture among these')")
 
 
+UNREADABLE = """(() => {
+  const refused = (_, reject) => reject(new DOMException('no permission', 'NotReadableError'));
+  const file = (name, give) => ({isFile: true, fullPath: `/mixed/${name}`, file: give});
+  const folder = (fullPath, ...lots) => ({fullPath, createReader: () => ({
+    readEntries: (resolve, reject) => lots.length ? lots.shift()(resolve, reject) : resolve([])})});
+  const good = name => file(name, resolve => resolve(new File([`no picture ${name}`], name, {lastModified: 1})));
+  const inner = [good('one.png'), file('bad.png', refused), folder('/mixed/locked', refused)];
+  const entry = folder('/mixed', resolve => resolve(inner), resolve => resolve([good('two.png')]), refused);
+  const drop = new Event('drop', {cancelable: true});
+  document.dispatchEvent(Object.assign(drop, {dataTransfer: {items: [{webkitGetAsEntry: () => entry}]}}));
+})()"""
+
+
+def test_one_unreadable_entry_does_not_cost_the_folder(page):
+  """Entries as a browser gives them: a file and a folder that it may not read, and a reader that fails after its second lot."""
+  shown = "[...document.querySelectorAll('#failures li')].map(line => line.textContent)"
+  before = len(page.run(shown))
+  page.run(UNREADABLE)
+  page.wait(f'{shown}.length === {before + 5}')
+  lines = page.run(shown)[before:]   # one.png and two.png were read, and the model's worker says that they are no pictures
+  names = ['mixed', *(f'mixed/{name}' for name in ('bad.png', 'locked', 'one.png', 'two.png'))]
+  assert sorted(line.split(':')[0] for line in lines) == names
+  assert sum('no permission' in line for line in lines) == 3
+  page.run(UNREADABLE)
+  page.wait("document.querySelector('#status').textContent.includes('no picture among these')")
+  assert len(page.run(shown)) == before + 5
+
+
 def test_a_narrow_screen_and_the_dark(page):
   for width, dark in ((360, False), (1200, True)):
     page.resize(width, 740, dark)
@@ -143,6 +179,27 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
   def log_message(self, *_):
     pass
+
+
+def test_what_is_dropped_before_the_model_has_loaded_is_read_then(listed, files, tmp_path):
+  loaded = threading.Event()
+
+  class Slow(Quiet):
+    def translate_path(self, path):
+      name = path.split('?')[0].lstrip('/') or 'index.html'
+      assert not name.startswith('model/') or loaded.wait(60)
+      return str(listed[name])
+
+  with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Slow) as plain:
+    threading.Thread(target=plain.serve_forever, daemon=True).start()
+    with chromium.open_page(tmp_path / 'profile') as page:
+      page.open(f'http://127.0.0.1:{plain.server_address[1]}/')
+      page.wait("document.querySelector('#model') && document.readyState === 'complete'")   # its script has run
+      page.drop(files[1] / '2', 300, 400)
+      page.wait("document.querySelector('#status').textContent.includes('when the model has loaded')", 10)
+      loaded.set()
+      page.wait("document.querySelector('#status').textContent.startsWith('33 pictures')")
+    plain.shutdown()
 
 
 def test_a_bundle_works_elsewhere_and_says_what_is_wrong(listed, tmp_path):

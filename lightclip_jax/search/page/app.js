@@ -146,22 +146,32 @@ function listen() {
   }
   $('#by-picture').onchange = ({target}) => { if (target.files.length) byPicture(target.files[0]); target.value = ''; };
   document.addEventListener('keydown', event => {
+    if (event.isComposing) return;   // the keys are the input method's: arrows choose among its candidates
     if ($('#picked').open) return;
     if (event.key === '/' && document.activeElement.tagName !== 'INPUT') { event.preventDefault(); $('#query').focus(); }
     if (event.key.startsWith('Arrow')) moveFocus(event);
   });
+}
+
+/** From the start, so that no early drop makes the browser leave the page for a file. */
+function listenForDrops() {
   document.addEventListener('dragover', event => { event.preventDefault(); document.body.classList.add('dropping'); });
   document.addEventListener('dragleave', event => { if (!event.relatedTarget) document.body.classList.remove('dropping'); });
   document.addEventListener('drop', async event => {
     event.preventDefault();
     document.body.classList.remove('dropping');
     try {
-      add(await dropped(event.dataTransfer));
+      const found = dropped(event.dataTransfer);   // now: after the event it is empty
+      if (!towers.dim) say('What was dropped is read when the model has loaded.');
+      const [{files, failures}] = await Promise.all([found, ready]);
+      library.fail(failures);
+      add(files);
     } catch (error) {
       say(`What was dropped cannot be read: ${error.message}`, true);
     }
   });
 }
+listenForDrops();
 
 /** Settles when the page can be used. */
 export const ready = (async () => {

@@ -29,6 +29,11 @@ export class Library {
     return wanted.length;
   }
 
+  /** Notes [{name, reason}] of what is no file yet; each name once, since a folder may be dropped again. */
+  fail(failures) {
+    this.failures.push(...failures.filter(({name}) => !this.failures.some(failure => failure.name === name)));
+  }
+
   append(files, vectors) {
     const used = this.files.length * this.towers.dim;
     if (used + vectors.length > this.vectors.length) {
@@ -53,25 +58,31 @@ export function path(file) {
   return file.webkitRelativePath || file.fromFolder || file.name;
 }
 
-/** All files of a drop, those in folders too. */
+/** {files, failures} of a drop, of its folders too; failures are {name, reason}, since one must not cost the others. */
 export async function dropped(transfer) {
-  const entries = Array.from(transfer.items, item => item.webkitGetAsEntry?.()).filter(entry => entry);
-  return entries.length ? (await Promise.all(entries.map(inside))).flat() : Array.from(transfer.files);
+  const entries = Array.from(transfer.items, item => item.webkitGetAsEntry?.()).filter(entry => entry), failures = [];
+  const found = entries.length ? await Promise.all(entries.map(entry => inside(entry, failures))) : Array.from(transfer.files);
+  return {files: found.flat(), failures};
 }
 
-async function inside(entry) {
-  if (entry.isFile) {
-    const file = await new Promise((resolve, reject) => entry.file(resolve, reject));
-    file.fromFolder = entry.fullPath.slice(1);
-    return [file];
+async function inside(entry, failures) {
+  const found = [];
+  try {
+    if (entry.isFile) {
+      const file = await new Promise((resolve, reject) => entry.file(resolve, reject));
+      file.fromFolder = entry.fullPath.slice(1);
+      return [file];
+    }
+    const reader = entry.createReader();
+    for (;;) {   // a reader gives at most a hundred at a time
+      const some = await new Promise((resolve, reject) => reader.readEntries(resolve, reject));
+      if (!some.length) break;
+      found.push(...some);
+    }
+  } catch (error) {
+    failures.push({name: entry.fullPath.slice(1), reason: error.message});
   }
-  const reader = entry.createReader(), found = [];
-  for (;;) {   // a reader gives at most a hundred at a time
-    const some = await new Promise((resolve, reject) => reader.readEntries(resolve, reject));
-    if (!some.length) break;
-    found.push(...some);
-  }
-  return (await Promise.all(found.map(inside))).flat();
+  return (await Promise.all(found.map(entry => inside(entry, failures)))).flat();
 }
 
 function key(file) {
