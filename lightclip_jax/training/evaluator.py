@@ -37,22 +37,18 @@ class Evaluator:
     """`moved` is called at each batch."""
     self._config, self._folder, self._tokenizer = config, folder, tokenizer
     self._mesh, self._workdir, self._moved = mesh, workdir, moved
-    self._model, self._final = LightCLIP(config.model), None
+    self._model = LightCLIP(config.model)
     self._tasks = tasks_of(config)
     share_of(sharding.batch_sharding(mesh), config.evaluation.batch_size)   # said now, not after a thousand steps
 
-  def evaluate(self, step: int, variables: dict[str, Any]) -> dict[str, float]:
+  def evaluate(self, variables: dict[str, Any]) -> dict[str, float]:
     """Every metric by name, for the log and for checkpoints."""
-    session = self._session(variables)
-    found = self._measure(session)
-    self._final = (session, found) if step == self._config.train.steps else None   # else it would hold old variables
-    return metrics.scalars(found)
+    return metrics.scalars(self._measure(self._session(variables)))
 
   def finish(self, step: int, variables: dict[str, Any]) -> dict[str, float]:
     """The same, with the table on the console, `results.json` and the report in the workdir."""
-    if self._final is None:
-      self.evaluate(step, variables)
-    session, found = self._final
+    session = self._session(variables)
+    found = self._measure(session)
     distributed.say(metrics.format_table(found))
     split = SHOWN if SHOWN in self._config.evaluation.splits else self._config.evaluation.splits[0]
     pictures = gallery.make_gallery(session, split)   # in every process: the devices of all of them embed

@@ -139,16 +139,16 @@ class Run:
       if not stop and (late or self._checkpointer.due(self.step) or self._scored):
         self._save()
     self._save(wait=True)
-    if self.step == total and self.config.checkpoint.best and not self._evaluate(put_off=stop, log=False):
-      self._save(wait=True)   # the score alone
     return self.step >= total
 
   def finish(self) -> None:
-    """Final evaluation, table and report."""
+    """Final evaluation, table and report; then the last checkpoint, which is saved before, has its score."""
     self._writer.flush()   # the report draws what is logged
-    self._owes = False   # all is saved: who stops it now loses nothing
     with self.watchdog.waiting_for('evaluation'):
-      self._writer.write(self.step, self._evaluator.finish(self.step, self.state.evaluation_variables))
+      self._scores = self._evaluator.finish(self.step, self.state.evaluation_variables)
+      self._writer.write(self.step, self._scores)
+    if self._scored:
+      self._save(wait=True)
 
   def close(self) -> None:
     """Ends workers, flushes what is open, and leaves the workdir to others."""
@@ -238,17 +238,16 @@ class Run:
     """Whether this step was evaluated and that decides which checkpoint is best: then it must be one."""
     return bool(self.config.checkpoint.best) and self._scores is not None
 
-  def _evaluate(self, put_off: bool = False, log: bool = True) -> bool:
+  def _evaluate(self, put_off: bool = False) -> bool:
     """Returns whether to stop: where that is asked for before or, of one process, meanwhile, the evaluation is put off."""
     self._settle()
     self._owes, self._last_evaluation = True, time.monotonic()
     if put_off:
       return True
     with contextlib.suppress(_PutOffError), self._outside_training(), self.watchdog.waiting_for('evaluation'):
-      self._scores = self._evaluator.evaluate(self.step, self.state.evaluation_variables)
+      self._scores = self._evaluator.evaluate(self.state.evaluation_variables)
       self._owes = False
-      if log:
-        self._writer.write(self.step, self._scores)
+      self._writer.write(self.step, self._scores)
     return self._owes
 
   def _moved(self) -> None:
